@@ -1,0 +1,10 @@
+"""The one exception for faults of a run: one sentence a user can act on."""
+
+
+class GradjaxError(Exception):
+    """A run cannot go on: the model, the data, a flag or the disk is at fault.
+
+    The message is one sentence that names the file, key or flag, what was found,
+    what was expected, and what to do. `main` prints it and exits with status 1.
+    Problems of single rows are never raised: they become statuses in the store.
+    """

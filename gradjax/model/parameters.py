@@ -1,0 +1,95 @@
+"""The weight table: each parameter's place, Hugging Face name, axes and initial value.
+
+This is the only place that knows Hugging Face's names. Shapes, abstract models, random
+models, loading and (later) sharding are all read off this table. Matrices keep the file's
+orientation (out, in), so nothing is transposed on the way in and a gradient `ΔᵀX` has
+PyTorch's layout.
+"""
+
+import dataclasses
+
+from gradjax.model.config import DecoderConfig
+
+_EMBEDDING_STD = 0.02  # transformers' initializer_range of all three families
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of the decoder. `axes` are letters of the legend in structs.py."""
+
+    hf_key: str
+    axes: tuple[str, ...]
+    std: float = _EMBEDDING_STD  # of `--random_init`; 0: the constant `mean`
+    mean: float = 0.0
+
+    def shape(self, config: DecoderConfig) -> tuple[int, ...]:
+        sizes = axis_sizes(config)
+        return tuple(sizes[axis] for axis in self.axes)
+
+
+def axis_sizes(config: DecoderConfig) -> dict[str, int]:
+    """Length of each weight axis."""
+    return {
+        "D": config.hidden_size,
+        "F": config.mlp_size,
+        "V": config.vocab_size,
+        "Q": config.num_heads * config.head_dim,
+        "C": config.num_kv_heads * config.head_dim,
+    }
+
+
+def model_parameters(config: DecoderConfig) -> dict[str, Parameter]:
+    """Parameters outside the blocks, by attribute of `Decoder`."""
+    table = {
+        "embedding": Parameter("model.embed_tokens.weight", ("V", "D")),
+        "final_norm": _norm(config, "model.norm.weight"),
+    }
+    if not config.tied_embeddings:
+        table["head"] = Parameter("lm_head.weight", ("V", "D"))
+    return table
+
+
+def block_parameters(config: DecoderConfig, layer: int) -> dict[str, Parameter]:
+    """Parameters of one block, by attribute of `Block`."""
+    prefix = f"model.layers.{layer}."
+
+    def matrix(name: str, *axes: str) -> Parameter:
+        return Parameter(f"{prefix}{name}.weight", axes)
+
+    def norm(name: str) -> Parameter:
+        return _norm(config, f"{prefix}{name}.weight")
+
+    table = {
+        "attention_norm": norm("input_layernorm"),
+        "q": matrix("self_attn.q_proj", "Q", "D"),
+        "k": matrix("self_attn.k_proj", "C", "D"),
+        "v": matrix("self_attn.v_proj", "C", "D"),
+        "o": matrix("self_attn.o_proj", "D", "Q"),
+        "gate": matrix("mlp.gate_proj", "F", "D"),
+        "up": matrix("mlp.up_proj", "F", "D"),
+        "down": matrix("mlp.down_proj", "D", "F"),
+    }
+    if config.qkv_bias:
+        for name, axis in (("q", "Q"), ("k", "C"), ("v", "C")):
+            key = f"{prefix}self_attn.{name}_proj.bias"
+            table[f"{name}_bias"] = Parameter(key, (axis,), std=0.0)
+    if config.post_norms:
+        table["attention_post_norm"] = norm("post_attention_layernorm")
+        table["mlp_norm"] = norm("pre_feedforward_layernorm")
+        table["mlp_post_norm"] = norm("post_feedforward_layernorm")
+    else:
+        table["mlp_norm"] = norm("post_attention_layernorm")
+    return table
+
+
+def all_parameters(config: DecoderConfig) -> dict[str, Parameter]:
+    """The whole table by path: `embedding`, `blocks.0.q`, …"""
+    table = model_parameters(config)
+    for layer in range(config.num_layers):
+        for name, parameter in block_parameters(config, layer).items():
+            table[f"blocks.{layer}.{name}"] = parameter
+    return table
+
+
+def _norm(config: DecoderConfig, hf_key: str) -> Parameter:
+    return Parameter(hf_key, ("D",), std=0.0, mean=1.0 - config.norm_offset)

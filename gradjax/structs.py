@@ -1,0 +1,121 @@
+"""The values that flow through gradjax, and the one legend of axis names.
+
+Axis legend (used in shapes, einsums and the weight table):
+
+  B  examples in a batch          N  query heads
+  T  tokens (as queries)          K  key/value heads
+  S  tokens (as keys)             G  query heads per key/value head, N // K
+  D  model width (hidden size)    H  width of one head
+  F  MLP width                    V  vocabulary
+  L  layers                       P  projections
+  Q  N * H, joined query heads    C  K * H, joined key/value heads
+  O  rows of a gradient (outputs of the projection)
+  I  columns of a gradient (inputs of the projection)
+  R  singular values kept, min(T, O, I)
+
+Gradients have PyTorch's orientation (out, in): `G = Δᵀ X`.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import numpy as np
+
+Projection = Literal["q", "k", "v", "o"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+# Same-layer pairs of the paper (eq. 3), named as in the store.
+SAME_LAYER_PAIRS: tuple[tuple[Projection, Projection], ...] = (("q", "o"), ("k", "v"))
+
+Status = Literal[
+    "ok",
+    "no_target_tokens",
+    "empty_response",
+    "invalid_row",
+    "too_long",
+    "too_short",
+    "non_finite",
+]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; roles are `system`, `user` and `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One input row.
+
+    `instruction` includes a row's `input` (after a newline, as in the paper). A row
+    that cannot be used keeps its place with a status other than `ok` and a reason.
+    """
+
+    group: str
+    example_id: int  # row number in its source, from 0
+    row_hash: str  # of the row as it stands in the source
+    instruction: str = ""
+    output: str = ""
+    messages: tuple[Message, ...] = ()  # the turns in order; empty for an unusable row
+    status: Status = "ok"
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedExample:
+    """An example as token ids, with the tokens that the loss is taken over marked."""
+
+    example: Example
+    tokens: np.ndarray  # int32 [T]
+    targets: np.ndarray  # bool [T]; true where the token is part of a response
+    truncated: bool = False
+    status: Status = "ok"
+    reason: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return int(self.targets.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Examples of similar length, padded on the right to one shape.
+
+    `rows` are positions in the list that was batched; slots beyond `len(rows)` are
+    filler without target tokens. Padding carries no loss and, the decoder being causal,
+    reaches no real token, so a row's numbers do not depend on the rest of its batch.
+    """
+
+    rows: tuple[int, ...]
+    tokens: np.ndarray  # int32 [B, T]
+    targets: np.ndarray  # bool [B, T]
+    lengths: np.ndarray  # int32 [B]; 0 for filler
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """What one layer's gradients are made of: `G = Δᵀ X` per projection and example.
+
+    Rows of padded tokens are zero. q, k and v share their input.
+    """
+
+    x_qkv: jax.Array  # [B, T, D] input of q, k and v
+    x_o: jax.Array  # [B, T, Q] input of o
+    q: jax.Array  # [B, T, Q] cotangent of q's output
+    k: jax.Array  # [B, T, C]
+    v: jax.Array  # [B, T, C]
+    o: jax.Array  # [B, T, D]
+
+    def of(self, projection: Projection) -> tuple[jax.Array, jax.Array]:
+        """(X [B, T, I], Δ [B, T, O]) of one projection."""
+        x = self.x_o if projection == "o" else self.x_qkv
+        return x, getattr(self, projection)
