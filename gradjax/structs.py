@@ -78,10 +78,12 @@ class TokenizedExample:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens kept, prompt and response together."""
         return len(self.tokens)
 
     @property
     def num_target_tokens(self) -> int:
+        """Tokens that the loss is the mean over."""
         return int(self.targets.sum())
 
 

@@ -16,7 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from gradjax.model import layers
 from gradjax.model.config import DecoderConfig
-from gradjax.model.parameters import Parameter, block_parameters, model_parameters
+from gradjax.model.parameters import (
+    Parameter,
+    all_parameters,
+    block_parameters,
+    model_parameters,
+)
 
 
 class Block(nnx.Module):

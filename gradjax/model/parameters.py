@@ -23,6 +23,7 @@ class Parameter:
     mean: float = 0.0
 
     def shape(self, config: DecoderConfig) -> tuple[int, ...]:
+        """The array's shape in a model."""
         sizes = axis_sizes(config)
         return tuple(sizes[axis] for axis in self.axes)
 
