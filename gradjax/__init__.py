@@ -1,0 +1,18 @@
+"""What does the gradient of one fine-tuning example say about its quality?
+
+model = gradjax.load_model("demo")
+for result in gradjax.gradient_spectra(model, rows): ...
+run = gradjax.open_run("runs/demo")
+"""
+
+__version__ = "0.1.0"
+__all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
+
+
+def __getattr__(name: str):
+    # Loaded on first use: `import gradjax` must not start JAX before flags are parsed.
+    if name in __all__:
+        from gradjax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'gradjax' has no attribute {name!r}")

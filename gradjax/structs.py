@@ -121,3 +121,48 @@ class Factors:
         """(X [B, T, I], Δ [B, T, O]) of one projection."""
         x = self.x_o if projection == "o" else self.x_qkv
         return x, getattr(self, projection)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """One example's gradient in one projection of one layer: a row of `spectra/`.
+
+    A zero gradient has nuclear norm 0 and no effective rank.
+    """
+
+    layer: int
+    projection: Projection
+    nuclear_norm: float
+    effective_rank: float | None
+    frobenius_norm: float
+    spectral_norm: float
+    mean: float  # of the gradient's entries, as are max and min
+    max: float
+    min: float
+    singular_values: np.ndarray  # [R] descending; further ones are zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+    """The cosine of two of an example's gradients: a row of `similarity/`.
+
+    None where either gradient is zero.
+    """
+
+    kind: Literal["same_layer", "cross_layer"]
+    projection: str  # `q-o` and `k-v` in one layer; q, k, v or o across layers
+    layer_a: int
+    layer_b: int
+    cosine: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleResult:
+    """What a run says about one example. Only `ok` examples have a loss and spectra."""
+
+    tokenized: TokenizedExample
+    status: Status
+    reason: str = ""
+    loss: float | None = None
+    spectra: tuple[Spectrum, ...] = ()
+    similarity: tuple[Similarity, ...] = ()

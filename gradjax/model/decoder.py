@@ -25,7 +25,20 @@ from gradjax.model.parameters import (
 
 
 class Block(nnx.Module):
-    """The weights of one transformer block, named as in the weight table."""
+    """The weights of one transformer block, named as in the weight table.
+
+    Families with biases or post-norms have more: `q_bias`, `attention_post_norm`, …
+    """
+
+    attention_norm: nnx.Param
+    q: nnx.Param
+    k: nnx.Param
+    v: nnx.Param
+    o: nnx.Param
+    mlp_norm: nnx.Param
+    gate: nnx.Param
+    up: nnx.Param
+    down: nnx.Param
 
     def __init__(self, weights: dict[str, Array]):
         for name, weight in weights.items():
@@ -67,11 +80,7 @@ def random_decoder(config: DecoderConfig, seed: int, dtype=jnp.float32) -> Decod
 
     # Layers of one kind differ in the key alone: each kind is compiled once.
     kinds = model_parameters(config) | block_parameters(config, layer=0)
-    paths = list(model_parameters(config)) + [
-        f"blocks.{i}.{name}"
-        for i in range(config.num_layers)
-        for name in block_parameters(config, i)
-    ]
+    paths = list(all_parameters(config))
     keys = jax.random.split(jax.random.key(seed), len(paths))
     weights = {
         path: initial(key, kinds[path.rsplit(".", 1)[-1]])
@@ -166,6 +175,17 @@ def project_logits(
     x = norm(config, x, final_norm)
     scores = layers.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
     return layers.soft_cap(scores, config.logits_softcap)
+
+
+def token_losses(scores: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """`-log softmax(scores)[label]`, in nats.
+
+    The largest score is taken off first, not added back to the logarithm: the float32
+    rounding of large scores would stand in the loss.
+    """
+    shifted = scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    chosen = jnp.take_along_axis(shifted, labels[..., None], axis=-1)[..., 0]
+    return jnp.log(jnp.exp(shifted).sum(axis=-1)) - chosen
 
 
 @jax.jit

@@ -1,0 +1,99 @@
+"""The public Python API: what `gradjax.main` itself is made of."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from gradjax.compute import check_vocabulary, compute_results
+from gradjax.config import SpectraConfig, TokenSettings, select
+from gradjax.data.examples import to_example
+from gradjax.data.tokens import check_tokenizer, tokenize
+from gradjax.errors import GradjaxError
+from gradjax.model.pretrained import Model, load_model
+from gradjax.store import read_manifest, read_table
+from gradjax.structs import ExampleResult
+
+__all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
+
+
+def gradient_spectra(
+    model: Model,
+    examples: Iterable[object],
+    *,
+    batch_tokens: int | None = None,
+    **settings: Any,
+) -> Iterator[ExampleResult]:
+    """Losses, gradient spectra and cosines of SFT rows (paper, eqs. 1 to 4).
+
+    Args:
+      model: of `load_model`.
+      examples: rows as dicts: `instruction`/`output` (and `input`), `messages`, or
+        `conversations`. They are numbered from 0 in the results.
+      batch_tokens: padded tokens computed at once; by backend if None.
+      **settings: as the flags of `gradjax.main`: `prompt_format`, `max_length`, `truncation`,
+        `target_tokens`, `spectrum`, `spectrum_route`, `layers`, `projections`, `similarity`.
+
+    Yields:
+      One result per row, unusable rows first (with a status and a reason), then batch by batch,
+      longest rows first; `result.tokenized.example.example_id` is the row's number. `loss` is in
+      nats per target token; each of `spectra` has singular values [min(T, O, I)] of the gradient
+      of that loss, and what sums them up. See structs.py.
+
+    Raises:
+      GradjaxError: for a fault of the model or the settings, never for one of a row.
+      TypeError: for an unknown setting.
+    """
+    tokens, spectra = select(TokenSettings, settings), select(SpectraConfig, settings)
+    if unknown := settings.keys() - vars(tokens).keys() - vars(spectra).keys():
+        raise TypeError(f"gradient_spectra has no setting {', '.join(sorted(unknown))}")
+    check_tokenizer(model.tokenizer, tokens)
+    tokenized = [
+        tokenize(to_example(row, "", number), model.tokenizer, tokens)
+        for number, row in enumerate(examples)
+    ]
+    check_vocabulary(tokenized, model.config)
+    for example in tokenized:
+        if example.status != "ok":
+            yield ExampleResult(example, example.status, example.reason)
+    for batch in compute_results(model.decoder, tokenized, spectra, batch_tokens):
+        yield from batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A store, opened for reading. Tables are read when first asked for."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @cached_property
+    def examples(self) -> pd.DataFrame:
+        """One row per input row: status, lengths in tokens, loss in nats per target token."""
+        return read_table(self.directory, "examples").to_pandas()
+
+    @cached_property
+    def spectra(self) -> pd.DataFrame:
+        """One row per example, layer and projection: norms, effective rank, singular values."""
+        return read_table(self.directory, "spectra").to_pandas()
+
+    @cached_property
+    def similarity(self) -> pd.DataFrame:
+        """One row per example and pair of gradients: their cosine."""
+        return read_table(self.directory, "similarity").to_pandas()
+
+
+def open_run(directory: str | Path) -> Run:
+    """Opens a run that `gradjax.main` wrote, finished or not.
+
+    Returns:
+      An object with `manifest` (a dict) and the pandas frames `examples`, `spectra` and
+      `similarity`; columns as in the README.
+
+    Raises:
+      GradjaxError: if the directory holds no run.
+    """
+    return Run(Path(directory), read_manifest(Path(directory)))

@@ -1,0 +1,141 @@
+"""What a run is asked to do: one frozen config, checked before anything is loaded."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from gradjax.errors import GradjaxError
+from gradjax.structs import PROJECTIONS, Projection
+
+PromptFormat = Literal["plain", "chat"]
+Truncation = Literal["right", "drop", "error"]
+Dtype = Literal["float32", "bfloat16"]
+SpectrumMethod = Literal["factored", "dense"]
+SpectrumRoute = Literal["auto", "gram", "qr"]
+LayerPairs = Literal["adjacent", "all", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSettings:
+    """How examples become tokens.
+
+    Raises:
+      GradjaxError: naming the flag, what was found and what was expected.
+    """
+
+    prompt_format: PromptFormat = "plain"
+    max_length: int = 4096  # tokens
+    truncation: Truncation = "right"
+    target_tokens: int | None = None  # cut every response to its first N tokens
+
+    def __post_init__(self) -> None:
+        _require_choice("prompt_format", self.prompt_format, get_args(PromptFormat))
+        _require_choice("truncation", self.truncation, get_args(Truncation))
+        _require_at_least("max_length", self.max_length, 2)
+        _require_at_least("target_tokens", self.target_tokens, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectraConfig:
+    """What is measured on an example's gradients, and how.
+
+    Raises:
+      GradjaxError: naming the flag, what was found and what was expected.
+    """
+
+    spectrum: SpectrumMethod = "factored"
+    spectrum_route: SpectrumRoute = "auto"
+    layers: str = "all"
+    projections: tuple[Projection, ...] = PROJECTIONS
+    similarity: LayerPairs = "adjacent"
+
+    def __post_init__(self) -> None:
+        _require_choice("spectrum", self.spectrum, get_args(SpectrumMethod))
+        _require_choice("spectrum_route", self.spectrum_route, get_args(SpectrumRoute))
+        _require_choice("similarity", self.similarity, get_args(LayerPairs))
+        if not self.projections or len(set(self.projections)) < len(self.projections):
+            raise GradjaxError(
+                f"--projections={','.join(self.projections)}: expected some of "
+                f"{','.join(PROJECTIONS)}, each at most once"
+            )
+        for projection in self.projections:
+            _require_choice("projections", projection, PROJECTIONS)
+        # The store's order, whatever the order asked for.
+        ordered = tuple(p for p in PROJECTIONS if p in self.projections)
+        object.__setattr__(self, "projections", ordered)
+        if not re.fullmatch(r"all|\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
+            raise GradjaxError(
+                f"--layers={self.layers}: expected `all` or numbers and ranges from 0, as in 0-5,8"
+            )
+
+    def layer_numbers(self, num_layers: int) -> tuple[int, ...]:
+        """The chosen layers of a model with `num_layers`, ascending.
+
+        Raises:
+          GradjaxError: if a layer is beyond the model's last.
+        """
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        chosen: set[int] = set()
+        for part in self.layers.split(","):
+            first, _, last = part.partition("-")
+            span = range(int(first), int(last or first) + 1)
+            if not span or span[-1] >= num_layers:
+                raise GradjaxError(
+                    f"--layers={self.layers}: {part} is not within this model's layers, "
+                    f"0 to {num_layers - 1}"
+                )
+            chosen.update(span)
+        return tuple(sorted(chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run of `gradjax.main`.
+
+    Raises:
+      GradjaxError: naming the flag, what was found and what was expected.
+    """
+
+    model: str = "demo"
+    data: tuple[str, ...] = ("demo",)
+    output_dir: Path | str | None = None  # None: runs/{model}
+    tokens: TokenSettings = dataclasses.field(default_factory=TokenSettings)
+    spectra: SpectraConfig = dataclasses.field(default_factory=SpectraConfig)
+    limit: int | None = None  # rows per group
+    dtype: Dtype = "float32"
+    batch_tokens: int | None = None  # None: by backend
+    random_init: bool = False
+    seed: int = 0
+    store_singular_values: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", tuple(self.data))
+        if self.output_dir is not None:
+            object.__setattr__(self, "output_dir", Path(self.output_dir))
+        _require_choice("dtype", self.dtype, get_args(Dtype))
+        for name in ("limit", "batch_tokens"):
+            _require_at_least(name, getattr(self, name), 1)
+        _require_at_least("seed", self.seed, 0)
+
+
+Settings = TypeVar("Settings", TokenSettings, SpectraConfig, RunConfig)
+
+
+def select(kind: type[Settings], values: Mapping[str, Any], **parts: Any) -> Settings:
+    """A settings class filled from values by name; those of other classes are left alone."""
+    own = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
+    return kind(**own, **parts)
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise GradjaxError(f"--{name}={value}: expected one of {', '.join(choices)}")
+
+
+def _require_at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise GradjaxError(f"--{name}={value}: expected a number of at least {least}")

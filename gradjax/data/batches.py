@@ -1,0 +1,103 @@
+"""Rows of similar length go together, in few padded shapes: each shape is compiled once."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradjax.structs import TokenBatch, TokenizedExample
+
+MULTIPLE = 32  # padded lengths are multiples of this
+MAX_RUNGS = 6  # padded lengths in one plan
+PAD_ID = 0  # any token will do: padding carries no loss and no real token sees it
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """Which rows form a batch, and its padded shape [size, length]."""
+
+    rows: tuple[int, ...]  # positions in the list of lengths
+    length: int  # tokens, T
+    size: int  # slots, B ≥ len(rows)
+
+
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int, max_rows: int | None = None
+) -> list[BatchPlan]:
+    """Puts every row in one batch of at most `batch_tokens` padded tokens, longest first.
+
+    `lengths` are in tokens. At most MAX_RUNGS padded lengths are used, chosen to pad least,
+    and all batches of one padded length have one size; a rung with n batches has at most
+    n - 1 filler slots. A row longer than `batch_tokens` is alone in its batch. Memory
+    problems show in the first batch rather than at the end.
+    """
+    if not lengths:
+        return []
+    rungs = np.asarray(_rungs(lengths, batch_tokens, max_rows))
+    rung_of_row = rungs[np.searchsorted(rungs, lengths)]
+    plans = []
+    for length in reversed(rungs.tolist()):
+        rows = np.flatnonzero(rung_of_row == length)
+        size = int(_split(np.asarray(len(rows)), length, batch_tokens, max_rows)[1])
+        plans += [
+            BatchPlan(tuple(rows[i : i + size].tolist()), length, size)
+            for i in range(0, len(rows), size)
+        ]
+    return plans
+
+
+def make_batch(plan: BatchPlan, tokenized: Sequence[TokenizedExample]) -> TokenBatch:
+    """The planned batch; `tokenized` is the list whose lengths were planned."""
+    tokens = np.full((plan.size, plan.length), PAD_ID, np.int32)
+    targets = np.zeros((plan.size, plan.length), bool)
+    lengths = np.zeros(plan.size, np.int32)
+    for slot, row in enumerate(plan.rows):
+        n = lengths[slot] = tokenized[row].num_tokens
+        tokens[slot, :n] = tokenized[row].tokens
+        targets[slot, :n] = tokenized[row].targets
+    return TokenBatch(plan.rows, tokens, targets, lengths)
+
+
+def _split(
+    rows: np.ndarray, length: int, batch_tokens: int, max_rows: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(number of batches, slots in each) for numbers of rows of one padded length.
+
+    As few batches as the budget allows, and those evenly full.
+    """
+    most = min(max(batch_tokens // length, 1), max_rows or batch_tokens)
+    batches = -(-rows // most)
+    return batches, -(-rows // batches)
+
+
+def _rungs(lengths: Sequence[int], batch_tokens: int, max_rows: int | None) -> list[int]:
+    """The padded lengths, ascending, that need the fewest tokens with padding and filler.
+
+    Exact, by dynamic programming: cost[j] is the least number of tokens for the j shortest
+    distinct lengths with the rungs so far; one more rung takes lengths i to j - 1 up to the
+    last of them.
+    """
+    padded = -(-np.maximum(lengths, 1) // MULTIPLE) * MULTIPLE
+    steps, counts = np.unique(padded, return_counts=True)
+    rows_below = np.concatenate([[0], np.cumsum(counts)])
+    cost = np.full(len(steps) + 1, np.inf)
+    cost[0] = 0
+    origins = []
+    for _ in range(min(MAX_RUNGS, len(steps))):
+        origin = np.zeros(len(steps) + 1, np.int64)
+        next_cost = cost.copy()
+        for j, length in enumerate(steps.tolist(), start=1):
+            rows = rows_below[j] - rows_below[:j]
+            batches, slots = _split(rows, length, batch_tokens, max_rows)
+            options = cost[:j] + batches * slots * length
+            origin[j] = np.argmin(options)
+            next_cost[j] = options[origin[j]]
+        origins.append(origin)
+        cost = next_cost
+    rungs: list[int] = []
+    end = len(steps)
+    for origin in reversed(origins):
+        if end:
+            rungs.append(int(steps[end - 1]))
+            end = int(origin[end])
+    return rungs[::-1]

@@ -1,0 +1,228 @@
+"""An `Example` becomes token ids, with the tokens that the loss is taken over marked.
+
+`plain` is the paper's text and count of prompt tokens. `chat` renders the tokenizer's own
+template once, and finds each assistant turn in it by character offsets.
+
+Text that spells a special token ("<|im_end|>" typed by a user) becomes that token, as in
+the paper's code and in usual training code. It cannot move the loss: where a turn begins and
+ends is known from the rendering, not searched for in the text.
+"""
+
+import dataclasses
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from gradjax.config import TokenSettings
+from gradjax.data.examples import is_single_turn
+from gradjax.errors import GradjaxError
+from gradjax.structs import Example, Message, Status, TokenizedExample
+
+# Llama 3.2's template writes the day of the run into the prompt. Its own default day, put in
+# front of every template, keeps a row's numbers the same tomorrow.
+_PINNED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+
+_PROBE = (Message("user", "question"), Message("assistant", "answer"))
+
+
+class _UnusableError(Exception):
+    """Carries the reason why an example cannot be rendered."""
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, settings: TokenSettings) -> None:
+    """Raises GradjaxError where the tokenizer cannot do what the settings ask for."""
+    if settings.prompt_format == "plain":
+        return
+    name = tokenizer.name_or_path or "the model"
+    if not tokenizer.chat_template:
+        raise GradjaxError(
+            f"--prompt_format=chat needs a chat template, and the tokenizer of {name} has none: "
+            "use --prompt_format=plain or an instruct model."
+        )
+    if not tokenizer.is_fast:
+        raise GradjaxError(
+            f"--prompt_format=chat needs character offsets, and the tokenizer of {name} is a slow "
+            "one: use a checkpoint with a tokenizer.json."
+        )
+    try:
+        _assistant_spans(_PROBE, tokenizer)
+    except _UnusableError as error:
+        raise GradjaxError(
+            f"The chat template of {name} does not render one question and its answer "
+            f"({error}): mend its chat_template or use --prompt_format=plain."
+        ) from error
+
+
+def tokenize(
+    example: Example, tokenizer: PreTrainedTokenizerFast, settings: TokenSettings
+) -> TokenizedExample:
+    """Tokens int32 [T] and targets bool [T] of one example, T ≤ `max_length` if it is `ok`.
+
+    An example that is not `ok` keeps its status and has no tokens; one that cannot be used
+    under these settings gets a status and a reason: `invalid_row`, `too_long`,
+    `no_target_tokens` or `too_short`. `truncated` tells of the cut at `max_length` alone.
+    Raises GradjaxError for a row over `max_length` under `truncation="error"`.
+    """
+    if example.status != "ok":
+        return _unusable(example, example.status, example.reason)
+    try:
+        if settings.prompt_format == "plain":
+            tokens, targets = _plain(example, tokenizer)
+        else:
+            tokens, targets = _chat(example, tokenizer)
+    except _UnusableError as error:
+        return _unusable(example, "invalid_row", str(error))
+    targets[:1] = False  # Nothing precedes the first token that could predict it.
+    return _cut(example, tokens, targets, settings)
+
+
+def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's text, special tokens and start of the response.
+
+    A system message stands on its own line before the question, like the exported
+    `instruction`. The response starts after as many tokens as the text before its last
+    occurrence encodes to on its own; the text ends in it, so that is where it begins.
+    """
+    if not is_single_turn(example.messages):
+        raise _UnusableError(
+            f"{len(example.messages)} turns have no plain form; use --prompt_format=chat"
+        )
+    prompt = example.instruction + "\n"
+    tokens = np.asarray(_encode(tokenizer, prompt + example.output).input_ids, np.int32)
+    start = len(_encode(tokenizer, prompt).input_ids)
+    return tokens, np.arange(len(tokens)) >= start
+
+
+def _chat(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    text, spans = _assistant_spans(example.messages, tokenizer)
+    encoding = _encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = np.asarray(encoding.input_ids, np.int32)
+    starts, ends = np.asarray(encoding.offset_mapping, np.int64).reshape(-1, 2).T
+    targets = np.zeros(len(tokens), bool)
+    for start, end in spans:
+        # By overlap: a token that joins the header's newline to the response counts.
+        targets |= (ends > start) & (starts < end)
+    first = _encode(tokenizer, "a").input_ids[0]
+    if first == tokenizer.bos_token_id != tokens[0]:  # The template leaves BOS to the tokenizer.
+        tokens, targets = np.insert(tokens, 0, first), np.insert(targets, 0, False)
+    return tokens, targets
+
+
+def _assistant_spans(
+    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and [start, end) in characters of each assistant turn.
+
+    A turn starts where the generation prompt before it ends, and ends with its
+    end-of-turn token; whitespace that the template puts behind that belongs to no turn.
+    """
+    text = _render(messages, tokenizer)
+    special = tuple(tokenizer.get_added_vocab())
+    spans = []
+    for i, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        through = _render(messages[: i + 1], tokenizer)
+        in_order = through.startswith(before) and text.startswith(through)
+        if not in_order or len(through) == len(before):
+            raise _UnusableError(
+                f"the chat template does not append turn {i + 1} to what it renders for the turns "
+                "before it, so its tokens cannot be told apart"
+            )
+        stripped = through.rstrip()
+        spans.append((len(before), len(stripped if stripped.endswith(special) else through)))
+    return text, spans
+
+
+def _render(
+    messages: tuple[Message, ...],
+    tokenizer: PreTrainedTokenizerFast,
+    add_generation_prompt: bool = False,
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            [dataclasses.asdict(message) for message in messages],
+            chat_template=_PINNED_DAY + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise _UnusableError(f"the chat template refuses the conversation: {error}") from error
+    return str(text)
+
+
+def _encode(tokenizer: Any, text: str, **options: bool) -> BatchEncoding:
+    # verbose: the library would warn of texts over the model's window, which we cut.
+    return tokenizer(text, verbose=False, **options)
+
+
+def _cut(
+    example: Example, tokens: np.ndarray, targets: np.ndarray, settings: TokenSettings
+) -> TokenizedExample:
+    """Applies `target_tokens`, then `max_length`, and judges what is left."""
+    wanted, limit = settings.target_tokens, settings.max_length
+    if wanted is not None and targets.sum() > wanted:
+        end = np.flatnonzero(targets)[wanted - 1] + 1
+        tokens, targets = tokens[:end], targets[:end]
+
+    length = len(tokens)
+    truncated = False
+    if length > limit:
+        if settings.truncation == "error":
+            raise GradjaxError(
+                f"Row {example.example_id} of group {example.group!r} has {length} tokens, over "
+                f"--max_length={limit}: raise the limit, or use --truncation=right or drop."
+            )
+        if settings.truncation == "drop":
+            reason = f"{length} tokens are more than --max_length={limit}"
+            return TokenizedExample(example, tokens, targets, False, "too_long", reason)
+        tokens, targets, truncated = tokens[:limit], targets[:limit], True
+
+    status, reason = _judge(targets, truncated, settings)
+    return TokenizedExample(example, tokens, targets, truncated, status, reason)
+
+
+def _judge(targets: np.ndarray, truncated: bool, settings: TokenSettings) -> tuple[Status, str]:
+    count, wanted = int(targets.sum()), settings.target_tokens
+    cut = f" within --max_length={settings.max_length}" if truncated else ""
+    if count == 0:
+        why = "the prompt fills the window" if truncated else "the prompt's tokens cover it"
+        return "no_target_tokens", f"no token of the response is left{cut}: {why}"
+    if wanted is not None and count < wanted:
+        return "too_short", f"the response has {count} of --target_tokens={wanted} tokens{cut}"
+    return "ok", ""
+
+
+def _unusable(example: Example, status: Status, reason: str) -> TokenizedExample:
+    return TokenizedExample(
+        example, np.zeros(0, np.int32), np.zeros(0, bool), status=status, reason=reason
+    )
+
+
+def describe(tokenized: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> str:
+    """One line for the log: the decoded tokens, targets between ⟦ and ⟧.
+
+    Characters that a terminal would act on are escaped, and long stretches shortened.
+    """
+    tokens, targets = tokenized.tokens, tokenized.targets
+    borders = np.flatnonzero(np.diff(targets)) + 1
+    parts = []
+    for run, is_target in zip(np.split(tokens, borders), np.split(targets, borders), strict=True):
+        if len(run):
+            text = _printable(
+                str(tokenizer.decode(run.tolist(), clean_up_tokenization_spaces=False))
+            )
+            parts.append(f"⟦{text}⟧" if is_target[0] else text)
+    return "".join(parts)
+
+
+def _printable(text: str, width: int = 600) -> str:
+    if len(text) > width:
+        text = f"{text[: width // 2]} … {text[-width // 2 :]}"
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )

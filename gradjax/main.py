@@ -1,0 +1,78 @@
+"""Spectra of the gradients that single fine-tuning examples induce in a model's attention.
+
+Loads a Qwen2.5, Llama 3 or Gemma 2 checkpoint, computes for every row of the data the gradient
+of its loss in the q, k, v and o matrices, and stores singular values, nuclear norm, effective
+rank and cosines as Parquet tables. Called again with the same flags it goes on where it stopped.
+
+  python -m gradjax.main
+  python -m gradjax.main --model=gemma2_2b --data=good=high.json --data=bad=low.json
+  python -m gradjax.main --flagfile=configs/qwen2.5_1.5b.flags --data=rows.jsonl --limit=10
+"""
+
+from typing import get_args
+
+from absl import flags
+
+from gradjax import config
+from gradjax.program import start
+from gradjax.structs import PROJECTIONS
+
+MODEL = "registered name (gemma2_2b), Hub repo (google/gemma-2-2b) or local directory"
+DATA = """[GROUP=]SOURCE, repeatable. SOURCE: a .json, .jsonl or .parquet file, a saved datasets
+directory, a Hub data set (ORG/NAME) or demo. GROUP: the file's stem if not given"""
+OUTPUT_DIR = """the store's directory; a run that stopped there goes on (default: runs/{model},
+runs/demo for the embedded model)"""
+PROMPT_FORMAT = """plain: instruction, newline, output, as in the paper; chat: the tokenizer's
+template, loss on every assistant turn"""
+TRUNCATION = "rows beyond --max_length: cut (right), leave out (drop) or stop (error)"
+TARGET_TOKENS = "cut every response to its first N tokens; shorter ones are left out"
+SPECTRUM = """factored: exact, from token factors, at about the cost of a backward pass;
+dense: jax.grad per example and a whole SVD"""
+ROUTE = "of the factored path: gram in float64, qr in float32, auto by backend"
+SIMILARITY = "layer pairs whose gradients are compared, per projection"
+BATCH_TOKENS = "padded tokens computed at once (default: 2048 on a CPU, 16384 elsewhere)"
+RANDOM_INIT = "fresh weights of the model's shape instead of its own"
+STORE_VALUES = "store the singular values, not only what sums them up"
+
+flags.DEFINE_string("model", "demo", MODEL)
+flags.DEFINE_multi_string("data", ["demo"], DATA)
+flags.DEFINE_string("output_dir", None, OUTPUT_DIR)
+flags.DEFINE_enum("prompt_format", "plain", get_args(config.PromptFormat), PROMPT_FORMAT)
+flags.DEFINE_integer("max_length", 4096, "tokens per row")
+flags.DEFINE_enum("truncation", "right", get_args(config.Truncation), TRUNCATION)
+flags.DEFINE_integer("limit", None, "use the first N rows of each group (default: all)")
+flags.DEFINE_enum("dtype", "float32", get_args(config.Dtype), "of weights and activations")
+flags.DEFINE_enum("spectrum", "factored", get_args(config.SpectrumMethod), SPECTRUM)
+flags.DEFINE_enum("spectrum_route", "auto", get_args(config.SpectrumRoute), ROUTE)
+flags.DEFINE_integer("target_tokens", None, TARGET_TOKENS)
+flags.DEFINE_string("layers", "all", "all, or numbers and ranges from 0, as in 0-5,8")
+flags.DEFINE_list("projections", list(PROJECTIONS), "some of q,k,v,o")
+flags.DEFINE_enum("similarity", "adjacent", get_args(config.LayerPairs), SIMILARITY)
+flags.DEFINE_integer("batch_tokens", None, BATCH_TOKENS)
+flags.DEFINE_boolean("random_init", False, RANDOM_INIT)
+flags.DEFINE_integer("seed", 0, "of the fresh weights")
+flags.DEFINE_boolean("store_singular_values", True, STORE_VALUES)
+flags.DEFINE_boolean("overwrite", False, "replace the run in --output_dir")
+
+
+def run_config() -> config.RunConfig:
+    """The flags as a checked config; raises GradjaxError naming the flag at fault."""
+    values = flags.FLAGS.flag_values_dict()
+    tokens = config.select(config.TokenSettings, values)
+    spectra = config.select(config.SpectraConfig, values)
+    return config.select(config.RunConfig, values, tokens=tokens, spectra=spectra)
+
+
+def main(_: list[str]) -> None:
+    """Runs, then prints the table of groups and the store's path on standard output."""
+    wanted = run_config()
+    from gradjax.run import run  # JAX is loaded once the flags are known to be right
+    from gradjax.summary import format_table, group_means
+
+    directory = run(wanted)
+    print(format_table(group_means(directory)))
+    print(f"\nThe store is in {directory}")
+
+
+if __name__ == "__main__":
+    start(main)

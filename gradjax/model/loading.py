@@ -1,0 +1,242 @@
+"""Safetensors on disk -> Decoder, one tensor at a time, every tensor accounted for.
+
+The headers of all files are read and compared with the weight table before any weight is:
+a checkpoint that does not fit is refused with all its faults named at once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from gradjax.errors import GradjaxError
+from gradjax.model.config import DecoderConfig
+from gradjax.model.decoder import Decoder
+from gradjax.model.parameters import all_parameters
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_FLOATS: dict[str, type] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+# Old transformers saved this constant; it is computed from the config.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies. `dtype` is safetensors' name, `start` the file's first byte of it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    def view(self) -> np.ndarray:
+        """The tensor as it lies in the file, mapped read-only: costs no anonymous memory."""
+        dtype = np.dtype(_FLOATS[self.dtype])
+        size = math.prod(self.shape) * dtype.itemsize
+        file = np.memmap(self.file, mode="r", dtype=np.uint8)
+        return file[self.start : self.start + size].view(dtype).reshape(self.shape)
+
+
+def load_decoder(directory: Path, config: DecoderConfig, dtype: DTypeLike) -> Decoder:
+    """The decoder with the weights of `directory`'s safetensors, cast to `dtype`.
+
+    Reads `model.safetensors` or the shards of `model.safetensors.index.json`, in any float
+    dtype. Anonymous host memory stays below the model in `dtype` plus its largest array.
+
+    Raises GradjaxError where files are missing, damaged or pickles only; where tensors are
+    missing, unknown, in two shards, not where the index says, not of the config's shape or
+    not floats (all named together); and where a weight is NaN or infinite.
+    """
+    directory = Path(directory)
+    files, index = _checkpoint_files(directory)
+    tensors, problems = _locate(files, index)
+    table = all_parameters(config)
+    shapes = {parameter.hf_key: parameter.shape(config) for parameter in table.values()}
+    if config.tied_embeddings and _HEAD in tensors:
+        shapes[_HEAD] = shapes[_EMBEDDING]
+    problems += _mismatches(tensors, shapes)
+    if problems:
+        raise GradjaxError(
+            f"{directory}: the weights do not fit config.json: {'; '.join(problems)}: use the "
+            "config.json and safetensors of one model, or download them again."
+        )
+    weights = {path: _load(tensors[p.hf_key], p.hf_key, dtype) for path, p in table.items()}
+    if config.tied_embeddings and _HEAD in tensors:
+        _check_tied(weights["embedding"], tensors[_HEAD], dtype)
+    return Decoder(config, weights)
+
+
+def weights_hash(directory: Path) -> str:
+    """What identifies a local checkpoint: SHA-256 of its config.json and safetensors files.
+
+    The hex digest of the lines that `sha256sum config.json *.safetensors` prints there.
+    """
+    lines = []
+    for path in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _checkpoint_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files to read, and the index (tensor -> file name) of a sharded one."""
+    single, index_path = directory / _SINGLE_FILE, directory / _INDEX_FILE
+    if single.exists() and index_path.exists():
+        raise GradjaxError(
+            f"{directory} has both {_SINGLE_FILE} and {_INDEX_FILE}, expected one of them: "
+            "remove the one that is left over."
+        )
+    if single.exists():
+        return [single], None
+    if not index_path.exists():
+        raise _no_safetensors(directory)
+    index = _read_index(index_path)
+    files = [directory / name for name in sorted(set(index.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise GradjaxError(
+            f"{directory} lacks {', '.join(missing)}, which {_INDEX_FILE} lists: download "
+            "the missing files."
+        )
+    return files, index
+
+
+def _no_safetensors(directory: Path) -> GradjaxError:
+    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+    pickles = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
+    if pickles:
+        return GradjaxError(
+            f"{directory} holds its weights as pickles ({', '.join(pickles)}), which can run code "
+            f"when they are read, expected {_SINGLE_FILE}: where you trust their source, convert "
+            "them with transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained("
+            "NEW_DIR)."
+        )
+    return GradjaxError(
+        f"{directory} has no weights, expected {_SINGLE_FILE} or {_INDEX_FILE} with its shards: "
+        "give a Hugging Face checkpoint directory as --model, or --random_init."
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        # A name with a folder in it would read files outside the checkpoint.
+        if all(isinstance(file, str) and Path(file).name == file for file in index.values()):
+            return index
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        pass
+    raise GradjaxError(
+        f"{path} is not an index, expected JSON with a weight_map from tensor names to file names "
+        "in the same folder: download it again."
+    )
+
+
+def _locate(
+    files: list[Path], index: dict[str, str] | None
+) -> tuple[dict[str, _Tensor], list[str]]:
+    """Every tensor by name, and where files and index disagree."""
+    tensors: dict[str, _Tensor] = {}
+    problems = []
+    for file in files:
+        for name, tensor in _read_header(file).items():
+            if name in tensors:
+                problems.append(f"{name} is in both {tensors[name].file.name} and {file.name}")
+            elif index is not None and name not in index:
+                problems.append(f"{name} is in {file.name} but not in {_INDEX_FILE}")
+            elif index is not None and index[name] != file.name:
+                problems.append(f"{name} is in {file.name}, by {_INDEX_FILE} in {index[name]}")
+            tensors[name] = tensor
+    missing = sorted((index or {}).keys() - tensors.keys())
+    problems += [f"{name} is in {_INDEX_FILE} but in no shard" for name in missing]
+    return tensors, problems
+
+
+def _read_header(file: Path) -> dict[str, _Tensor]:
+    """The tensors of one file; safetensors checks that they cover it without gap or overlap."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length))
+    except (SafetensorError, OSError) as error:
+        raise GradjaxError(
+            f"{file} is damaged or incomplete ({error}), expected safetensors: download it again."
+        ) from error
+    header.pop("__metadata__", None)
+    return {
+        name: _Tensor(
+            file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
+
+
+def _mismatches(tensors: dict[str, _Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """How the tensors found differ from those the config asks for."""
+    unknown = [name for name in tensors.keys() - shapes.keys() if not _ignored(name)]
+    problems = _listing("missing", shapes.keys() - tensors.keys())
+    problems += _listing("not part of this model", unknown)
+    for name in sorted(tensors.keys() & shapes.keys()):
+        found, expected = tensors[name], shapes[name]
+        if found.shape != expected:
+            problems.append(f"{name} is {list(found.shape)}, by the config {list(expected)}")
+        if found.dtype not in _FLOATS:
+            problems.append(f"{name} is {found.dtype}, expected one of {', '.join(_FLOATS)}")
+    return problems
+
+
+def _ignored(name: str) -> bool:
+    return name.endswith(_IGNORED_SUFFIX)
+
+
+def _listing(what: str, names: Iterable[str]) -> list[str]:
+    return [f"{what}: {', '.join(sorted(names))}"] if names else []
+
+
+def _load(tensor: _Tensor, name: str, dtype: DTypeLike) -> jax.Array:
+    """One tensor as a device array of its own memory, checked to be finite."""
+    array = _aligned_empty(tensor.shape, jnp.dtype(dtype))
+    with np.errstate(over="ignore"):
+        np.copyto(array, tensor.view(), casting="unsafe")
+    if not np.isfinite(array).all():
+        raise GradjaxError(
+            f"{tensor.file}: {name} holds NaN or infinite values (as {array.dtype.name}), "
+            "expected finite weights: download or save the checkpoint again."
+        )
+    return jax.device_put(array)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that the CPU backend takes over as it is: unaligned ones are copied."""
+    alignment = 64
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + alignment, np.uint8)
+    start = -buffer.ctypes.data % alignment
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_tied(embedding: jax.Array, head: _Tensor, dtype: DTypeLike) -> None:
+    """A tied model may carry its head as well, but then it must be the embedding."""
+    if not jnp.array_equal(embedding, _load(head, _HEAD, dtype)):
+        raise GradjaxError(
+            f"{head.file}: {_HEAD} differs from {_EMBEDDING} although config.json says "
+            "tie_word_embeddings: set it to false there, or remove the tensor."
+        )

@@ -1,0 +1,148 @@
+"""--model -> a local checkpoint directory: registered names, directories, the Hub."""
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gradjax.errors import GradjaxError
+
+DEMO = "demo"
+_DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
+
+_BASE_MODELS = {
+    "qwen2.5_0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5_1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5_3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5_7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5_14b": "Qwen/Qwen2.5-14B",
+    "qwen2.5_32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5_72b": "Qwen/Qwen2.5-72B",
+    "llama3.1_8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1_70b": "meta-llama/Llama-3.1-70B",
+    "llama3.2_1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2_3b": "meta-llama/Llama-3.2-3B",
+    "gemma2_2b": "google/gemma-2-2b",
+    "gemma2_9b": "google/gemma-2-9b",
+    "gemma2_27b": "google/gemma-2-27b",
+}
+REGISTRY: dict[str, str] = _BASE_MODELS | {
+    f"{name}_instruct": repo + ("-it" if name.startswith("gemma") else "-Instruct")
+    for name, repo in _BASE_MODELS.items()
+}
+
+# What a model is made of here: no pickles, no code, no second copy in another format.
+_HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
+_TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on this machine."""
+
+    name: str  # short, fit for a folder's name
+    directory: Path  # config.json, safetensors and tokenizer files
+    source: str  # where it came from: a Hub repo or a path
+    revision: str | None  # the Hub's commit hash; None for a local directory
+
+
+def resolve(model: str) -> Checkpoint:
+    """The checkpoint that `--model` names, downloaded where it has to be.
+
+    `model` is a registered name, else an existing directory, else a Hub repo `org/name`.
+    A Hub repo's cached copy is used where the Hub cannot be reached.
+
+    Raises GradjaxError for an unknown name, and for a repo that is missing, gated, or
+    neither reachable nor cached.
+    """
+    if model == DEMO:
+        return Checkpoint(DEMO, _DEMO_DIRECTORY, DEMO, None)
+    if model in REGISTRY:
+        return _from_hub(model, REGISTRY[model])
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        path = directory.resolve()
+        return Checkpoint(_folder_name(path.name), path, str(path), None)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        return _from_hub(_folder_name(model), model)
+    raise _unknown(model)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer in a checkpoint's directory; runs no code from it.
+
+    Raises GradjaxError where `tokenizer.json` is missing or cannot be read.
+    """
+    directory = Path(directory)
+    if not (directory / _TOKENIZER_FILE).is_file():
+        raise GradjaxError(
+            f"{directory} has no {_TOKENIZER_FILE}: put the model's tokenizer files "
+            f"({_TOKENIZER_FILE}, tokenizer_config.json) there, as save_pretrained of its fast "
+            "tokenizer writes them."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a malformed file
+        raise GradjaxError(
+            f"{directory}: the tokenizer ({_TOKENIZER_FILE}, tokenizer_config.json) cannot be read "
+            f"({_first_line(error)}), expected a fast tokenizer without code of its own: download "
+            "or save it again."
+        ) from error
+
+
+def _from_hub(name: str, repo: str) -> Checkpoint:
+    page = f"https://huggingface.co/{repo}"
+    try:
+        directory = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise GradjaxError(
+            f"--model={repo} is gated: accept its licence on {page} and put a token of that "
+            "account (https://huggingface.co/settings/tokens) into the variable HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise GradjaxError(
+            f"--model={repo} is neither an existing directory nor a public repo ({page}): check "
+            "the name, or, where it is private, put a token with access into the variable HF_TOKEN."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise GradjaxError(
+            f"--model={repo} is not in the local cache (or only in part) and the Hub cannot be "
+            f"reached: download it where there is a network (hf download {repo}), or give the "
+            "directory of a local copy as --model."
+        ) from error
+    except Exception as error:  # the client's HTTP library has errors of its own
+        raise GradjaxError(
+            f"--model={repo} cannot be downloaded from {page} ({_first_line(error)}): try again, "
+            "or give the directory of a local copy as --model."
+        ) from error
+    return Checkpoint(name, directory, repo, directory.name)
+
+
+def _unknown(model: str) -> GradjaxError:
+    names = [DEMO, *REGISTRY]
+    spelling = model.lower().replace("-", "_")
+    close = difflib.get_close_matches(spelling, names, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return GradjaxError(
+        f"--model={model} is neither a registered name{hint} nor an existing directory nor a Hub "
+        f"repo ORG/NAME; registered are {', '.join(names)}."
+    )
+
+
+def _folder_name(text: str) -> str:
+    """`Qwen/Qwen2.5-0.5B` -> `Qwen--Qwen2.5-0.5B`."""
+    return re.sub(r"[^\w.-]", "-", text.replace("/", "--")).lstrip(".") or "model"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,210 @@
+"""TokenBatch -> each row's loss, spectra and cosines.
+
+Both paths, factored and dense, become one stream of layers; what is measured on a layer is
+written once.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradjax.gradients.dense import dense_gradients
+from gradjax.gradients.factored import attention_gradients
+from gradjax.model.decoder import Decoder
+from gradjax.spectra import measures
+from gradjax.spectra.decompose import Decompose, Values
+from gradjax.structs import (
+    SAME_LAYER_PAIRS,
+    Projection,
+    Similarity,
+    Spectrum,
+    TokenBatch,
+)
+
+# Layers whose spectra may still be in the making: bounds the factors that are alive.
+_LAYERS_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectraSettings:
+    """What to measure. `layers` ascending; `decompose` None takes the dense path."""
+
+    layers: tuple[int, ...]
+    projections: tuple[Projection, ...]
+    similarity: str  # which layer pairs: adjacent, all or none
+    decompose: Decompose | None
+    keep_activations: bool = True
+    dense_chunk: int = 1  # examples vmapped at a time on the dense path
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSpectra:
+    """One batch row's results; `finite` is false where any number is NaN or infinite."""
+
+    loss: float
+    finite: bool
+    spectra: tuple[Spectrum, ...]
+    similarity: tuple[Similarity, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A batch's gradients in one layer, as unit-scaled matrices, and their values to come."""
+
+    index: int
+    gradients: measures.Gradients
+    scales: dict[Projection, jax.Array]
+    wait_for_values: Callable[[], Values]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What remains of a layer once its matrices are gone."""
+
+    index: int
+    entries: dict[str, measures.Measures]
+    wait_for_values: Callable[[], Values]
+
+
+def batch_spectra(model: Decoder, batch: TokenBatch, settings: SpectraSettings) -> list[RowSpectra]:
+    """Losses, spectra and cosines of a batch's real rows, in order.
+
+    Layers ascend, projections are in the settings' order, and same-layer pairs come before
+    layer pairs. Numbers are float64 of float32 measurements; singular values come as their
+    route gives them.
+    """
+    stream = _factored_layers if settings.decompose else _dense_layers
+    losses, layers = stream(model, batch, settings)
+
+    measured: deque[_Measured] = deque()
+    cosines: list[tuple[Similarity, jax.Array]] = []  # a pair without, and each row's cosine
+    kept: list[_Layer] = []  # layers that later (lower) ones are compared with
+    for layer in layers:
+        entries = measures.entry_measures(layer.gradients, layer.scales)
+        for a, b in SAME_LAYER_PAIRS:
+            if a in layer.gradients and b in layer.gradients:
+                pair = Similarity("same_layer", f"{a}-{b}", layer.index, layer.index, None)
+                cosines.append((pair, measures.cosine(layer.gradients[a], layer.gradients[b])))
+        if settings.similarity == "adjacent":
+            kept = [other for other in kept if other.index == layer.index + 1]
+        for other in kept:
+            for projection in settings.projections:
+                pair = Similarity("cross_layer", projection, layer.index, other.index, None)
+                both = (layer.gradients[projection], other.gradients[projection])
+                cosines.append((pair, measures.cosine(*both)))
+        if settings.similarity != "none":
+            kept.append(layer)
+        measured.appendleft(_Measured(layer.index, entries, layer.wait_for_values))
+        if len(measured) > _LAYERS_AHEAD:
+            measured[_LAYERS_AHEAD].wait_for_values()
+    return _rows(batch, np.asarray(losses), measured, cosines, settings)
+
+
+def _factored_layers(
+    model: Decoder, batch: TokenBatch, settings: SpectraSettings
+) -> tuple[jax.Array, Iterator[_Layer]]:
+    assert settings.decompose is not None
+    decompose, lengths = settings.decompose, jnp.asarray(batch.lengths)
+    losses, layers = attention_gradients(
+        model,
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.targets),
+        min(settings.layers),
+        keep_activations=settings.keep_activations,
+    )
+
+    def stream() -> Iterator[_Layer]:
+        for index, factors in layers:
+            if index in settings.layers:
+                wait = decompose(factors, batch.lengths)
+                unit, scales = measures.form_gradients(factors, lengths, settings.projections)
+                yield _Layer(index, unit, scales, wait)
+
+    return losses, stream()
+
+
+def _dense_layers(
+    model: Decoder, batch: TokenBatch, settings: SpectraSettings
+) -> tuple[jax.Array, Iterator[_Layer]]:
+    losses, gradients = dense_gradients(
+        model,
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.targets),
+        settings.layers,
+        settings.projections,
+        settings.dense_chunk,
+    )
+
+    def stream() -> Iterator[_Layer]:
+        for index in reversed(settings.layers):
+            matrices = {p: g.astype(jnp.float32) for p, g in gradients[index].items()}
+            values = {p: _dense_singular_values(g) for p, g in matrices.items()}
+            unit, scales = measures.unit_scaled(matrices)
+            yield _Layer(index, unit, scales, partial(_fetch, values))
+
+    return losses, stream()
+
+
+def _fetch(values: dict[Projection, jax.Array]) -> Values:
+    return {projection: list(np.asarray(array)) for projection, array in values.items()}
+
+
+@jax.jit
+def _dense_singular_values(gradients: jax.Array) -> jax.Array:
+    # One example at a time: a batched decomposition can deadlock on jax 0.10.2's CPU.
+    return jax.lax.map(lambda g: jnp.linalg.svd(g, compute_uv=False), gradients)
+
+
+def _rows(
+    batch: TokenBatch,
+    losses: np.ndarray,
+    measured: deque[_Measured],
+    cosines: list[tuple[Similarity, jax.Array]],
+    settings: SpectraSettings,
+) -> list[RowSpectra]:
+    """Per-layer arrays over the batch, turned into per-row results."""
+    spectra: list[list[Spectrum]] = [[] for _ in batch.rows]
+    finite = np.isfinite(losses[: len(batch.rows)])
+    for layer in measured:
+        values = layer.wait_for_values()
+        entries = jax.tree.map(np.asarray, layer.entries)
+        for projection in settings.projections:
+            for row, row_spectra in enumerate(spectra):
+                at = {name: float(array[row]) for name, array in entries[projection].items()}
+                spectrum = _spectrum(layer.index, projection, values[projection][row], at)
+                finite[row] &= np.isfinite([spectrum.nuclear_norm, *at.values()]).all()
+                row_spectra.append(spectrum)
+
+    similarity: list[list[Similarity]] = [[] for _ in batch.rows]
+    order = {"same_layer": 0, "cross_layer": 1}
+    for pair, array in sorted(
+        cosines, key=lambda item: (order[item[0].kind], item[0].layer_a, item[0].layer_b)
+    ):
+        for row, value in enumerate(np.asarray(array)[: len(batch.rows)]):
+            cosine = float(value) if np.isfinite(value) else None
+            similarity[row].append(dataclasses.replace(pair, cosine=cosine))
+    return [
+        RowSpectra(float(losses[i]), bool(finite[i]), tuple(spectra[i]), tuple(similarity[i]))
+        for i in range(len(batch.rows))
+    ]
+
+
+def _spectrum(
+    layer: int, projection: Projection, values: np.ndarray, entries: dict[str, float]
+) -> Spectrum:
+    rank = float(measures.effective_rank(values))
+    return Spectrum(
+        layer=layer,
+        projection=projection,
+        nuclear_norm=float(measures.nuclear_norm(values)),
+        effective_rank=None if np.isnan(rank) else rank,
+        frobenius_norm=float(measures.frobenius_norm(values)),
+        spectral_norm=float(values[0]),
+        singular_values=values,
+        **entries,
+    )

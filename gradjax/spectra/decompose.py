@@ -1,0 +1,115 @@
+"""Where the singular values of a layer's factors are computed: host pool or device."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import threadpoolctl
+
+from gradjax.gradients.factored import mask_padding
+from gradjax.spectra.singular_values import Route, factor_singular_values
+from gradjax.structs import Factors, Projection
+
+# Values per projection: one array [R] per example.
+Values = dict[Projection, list[np.ndarray]]
+# Starts on a layer's factors; the returned call waits for the values.
+Decompose = Callable[[Factors, np.ndarray], Callable[[], Values]]
+
+
+def default_route(backend: str) -> Route:
+    """`gram` where float64 is fast (CPU, data-centre GPUs), `qr` on a TPU."""
+    return "qr" if backend == "tpu" else "gram"
+
+
+@contextmanager
+def decomposer(
+    route: Route, projections: tuple[Projection, ...], backend: str
+) -> Iterator[Decompose]:
+    """The way to singular values that suits a backend.
+
+    On a CPU, LAPACK's values-only drivers on a pool of one thread per core (JAX's `eigvalsh`
+    computes vectors as well); elsewhere batched on the device.
+    """
+    if backend != "cpu":
+        yield partial(_on_device, route, projections)
+        return
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Tasks are parallel already: more than one BLAS thread each would make them wait.
+    with threadpoolctl.threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+        yield partial(_on_host, pool, route, projections)
+
+
+def _sharing_inputs(projections: tuple[Projection, ...]) -> list[tuple[Projection, ...]]:
+    """q, k and v have one input, o another."""
+    shared = tuple(projection for projection in projections if projection != "o")
+    own = tuple(projection for projection in projections if projection == "o")
+    return [group for group in (shared, own) if group]
+
+
+def _on_host(
+    pool: ThreadPoolExecutor,
+    route: Route,
+    projections: tuple[Projection, ...],
+    factors: Factors,
+    lengths: np.ndarray,
+) -> Callable[[], Values]:
+    def work(group: tuple[Projection, ...], row: int) -> list[np.ndarray]:
+        length = max(int(lengths[row]), 1)
+        x = np.asarray(factors.of(group[0])[0])[row, :length]
+        deltas = [np.asarray(factors.of(p)[1])[row, :length] for p in group]
+        if not all(np.isfinite(array).all() for array in (x, *deltas)):
+            return [np.full(1, np.nan)] * len(group)
+        return factor_singular_values(np, route, x, deltas)
+
+    futures = {
+        (group, row): pool.submit(work, group, row)
+        for group in _sharing_inputs(projections)
+        for row in range(len(lengths))
+    }
+
+    def wait() -> Values:
+        values: Values = {projection: [] for projection in projections}
+        for (group, _), future in futures.items():
+            for projection, row_values in zip(group, future.result(), strict=True):
+                values[projection].append(row_values)
+        return values
+
+    return wait
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _device_values(
+    route: Route, projections: tuple[Projection, ...], factors: Factors, lengths: jax.Array
+) -> dict[Projection, jax.Array]:
+    factors = mask_padding(factors, lengths)
+    values = {}
+    for group in _sharing_inputs(projections):
+        deltas = [factors.of(projection)[1] for projection in group]
+        found = factor_singular_values(jnp, route, factors.of(group[0])[0], deltas)
+        values.update(zip(group, found, strict=True))
+    return values
+
+
+def _on_device(
+    route: Route, projections: tuple[Projection, ...], factors: Factors, lengths: np.ndarray
+) -> Callable[[], Values]:
+    with jax.enable_x64(route == "gram"), jax.default_matmul_precision("highest"):
+        values = _device_values(route, projections, factors, jnp.asarray(lengths))
+
+    limits = {p: min(array.shape[-1] for array in factors.of(p)) for p in projections}
+
+    def wait() -> Values:
+        return {
+            p: [
+                row[: min(max(int(length), 1), limits[p])]
+                for row, length in zip(np.asarray(values[p]), lengths, strict=True)
+            ]
+            for p in projections
+        }
+
+    return wait

@@ -1,0 +1,73 @@
+"""The table that a run ends with."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from gradjax.store import read_manifest, read_table
+from gradjax.structs import PROJECTIONS
+
+_NUMBERS = {"nuclear_norm": "nuclear norm", "effective_rank": "effective rank"}
+
+
+def group_means(directory: Path) -> pd.DataFrame:
+    """Group by group: mean nuclear norm and effective rank of each projection, and mean loss.
+
+    A number is the mean over `ok` examples per layer and projection, then over layers (the
+    paper's tables). Rows without a number (a zero gradient has no effective rank) are left
+    out of its mean. Columns are (measure, projection); `("rows", "used")` and
+    `("rows", "not used")` count.
+    """
+    examples = read_table(directory, "examples", ["group", "status", "loss"]).to_pandas()
+    columns = ["group", "layer", "projection", *_NUMBERS]
+    spectra = read_table(directory, "spectra", columns).to_pandas()
+    by_layer = spectra.groupby(["group", "layer", "projection"])[list(_NUMBERS)].mean()
+    means = by_layer.groupby(["group", "projection"]).mean().unstack("projection")
+    order = [(n, p) for n in _NUMBERS for p in PROJECTIONS if (n, p) in means.columns]
+    groups = read_manifest(directory)["data"]  # in the order they were given
+    table = means.reindex(index=list(groups), columns=pd.MultiIndex.from_tuples(order))
+    table[("loss", "")] = examples.groupby("group")["loss"].mean()
+    used = examples["status"] == "ok"
+    table[("rows", "used")] = used.groupby(examples["group"]).sum()
+    table[("rows", "not used")] = (~used).groupby(examples["group"]).sum()
+    return table
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """`group_means` for a terminal: two header lines, one line per group."""
+    heads = [(_NUMBERS.get(measure) or str(measure), part) for measure, part in table.columns]
+    cells = [
+        [_format(value, measure) for value, (measure, _) in zip(row, table.columns, strict=True)]
+        for row in table.itertuples(index=False)
+    ]
+    widths = [max(len(part), *(len(row[i]) for row in cells)) for i, (_, part) in enumerate(heads)]
+    # A measure's name stands once, over the columns it covers, which it may widen.
+    spans: list[tuple[str, list[int]]] = []
+    for i, (measure, _) in enumerate(heads):
+        if spans and spans[-1][0] == measure:
+            spans[-1][1].append(i)
+        else:
+            spans.append((measure, [i]))
+    for measure, span in spans:
+        missing = len(measure) - sum(widths[i] for i in span) - 2 * (len(span) - 1)
+        widths[span[-1]] += max(missing, 0)
+
+    first = max(len("group"), *(len(str(group)) for group in table.index))
+    top = "  ".join(
+        measure.center(sum(widths[i] for i in span) + 2 * (len(span) - 1))
+        for measure, span in spans
+    )
+    names = "  ".join(part.rjust(width) for (_, part), width in zip(heads, widths, strict=True))
+    lines = [f"{'':{first}}  {top}".rstrip(), f"{'group':{first}}  {names}"]
+    for group, row in zip(table.index, cells, strict=True):
+        numbers = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(f"{group!s:{first}}  {numbers}")
+    return "\n".join(lines)
+
+
+def _format(value: float, measure: str) -> str:
+    if pd.isna(value):
+        return "–"
+    if measure == "rows":
+        return str(int(value))
+    return f"{value:.4g}" if measure == "nuclear_norm" else f"{value:.2f}"
