@@ -34,6 +34,9 @@ def compute_results(
 ) -> Iterator[list[ExampleResult]]:
     """Results of the `ok` examples, one list per batch, in the order they are computed.
 
+    Raises:
+      GradjaxError: if a batch does not fit the device's memory.
+
     Args:
       tokenized: all examples of a run, so that one taken up again has the same batches.
       batch_tokens: padded tokens per batch; by backend if None.
@@ -58,7 +61,10 @@ def compute_results(
                 keep_activations=_activations_fit(decoder.config, plan, layers, itemsize),
                 dense_chunk=_dense_chunk(decoder.config, plan, itemsize),
             )
-            rows = batch_spectra(decoder, make_batch(plan, tokenized), settings)
+            try:
+                rows = batch_spectra(decoder, make_batch(plan, tokenized), settings)
+            except (jax.errors.JaxRuntimeError, MemoryError) as error:
+                raise _memory_fault(plan, error) from error
             yield [
                 _result(tokenized[position], row)
                 for position, row in zip(plan.rows, rows, strict=True)
@@ -116,6 +122,17 @@ def _result(tokenized: TokenizedExample, row: RowSpectra) -> ExampleResult:
         return ExampleResult(tokenized, "non_finite", reason)
     return ExampleResult(
         tokenized, "ok", loss=row.loss, spectra=row.spectra, similarity=row.similarity
+    )
+
+
+def _memory_fault(plan: BatchPlan, error: Exception) -> Exception:
+    """What to do about a batch that does not fit; other faults of the device as they are."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    remedy = "--batch_tokens" if plan.size > 1 else "--max_length, or choose --dtype=bfloat16"
+    return GradjaxError(
+        f"a batch of {plan.size} rows of {plan.length} tokens does not fit the "
+        f"{_device_memory() / 2**30:.0f} GiB of this device; lower {remedy}"
     )
 
 

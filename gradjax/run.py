@@ -25,7 +25,9 @@ from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
 from gradjax.data.tokens import check_tokenizer, describe, tokenize
 from gradjax.errors import GradjaxError
+from gradjax.model.config import DecoderConfig
 from gradjax.model.hf_config import read_config
+from gradjax.model.parameters import block_parameters
 from gradjax.model.pretrained import identity, load_weights
 from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 from gradjax.store import Store, open_store
@@ -47,7 +49,7 @@ def run(config: RunConfig) -> Path:
     """
     checkpoint = resolve(config.model)
     decoder_config = read_config(checkpoint.directory)
-    layers = config.spectra.layer_numbers(decoder_config.num_layers)
+    config.spectra.layer_numbers(decoder_config.num_layers)  # refused before anything is read
     tokenizer = load_tokenizer(checkpoint.directory)
     check_tokenizer(tokenizer, config.tokens)
 
@@ -61,10 +63,10 @@ def run(config: RunConfig) -> Path:
     log_first_example(tokenized, tokenizer)
 
     directory = Path(config.output_dir or f"runs/{checkpoint.name}")
-    settings = number_settings(config, checkpoint, tokenizer, layers)
+    settings = number_settings(config, checkpoint, decoder_config, tokenizer)
     with open_store(directory, settings, overwrite=config.overwrite) as store:
         finished = finished_positions(store, tokenized)
-        store.write_manifest(manifest(config, settings, checkpoint, rows, store))
+        store.write_manifest(manifest(config, settings, checkpoint, decoder_config, rows, store))
         store.append(
             ExampleResult(t, t.status, t.reason)
             for i, t in enumerate(tokenized)
@@ -202,15 +204,17 @@ def log_statuses(tokenized: Sequence[TokenizedExample]) -> None:
 def number_settings(
     config: RunConfig,
     checkpoint: Checkpoint,
+    decoder_config: DecoderConfig,
     tokenizer: PreTrainedTokenizerFast,
-    layers: tuple[int, ...],
 ) -> dict[str, Any]:
     """What the numbers of a run depend on, beside its rows: equal, or not the same run."""
     template = str(tokenizer.chat_template or "")
     return {
-        "model": "random" if config.random_init else identity(checkpoint),
-        "model_shape": checkpoint.source if config.random_init else None,
-        "seed": config.seed if config.random_init else None,
+        "model": (
+            f"random weights, seed {config.seed}: {_sha256(repr(decoder_config))}"
+            if config.random_init
+            else identity(checkpoint)
+        ),
         "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
         "template": _sha256(template) if config.tokens.prompt_format == "chat" else None,
         "dtype": config.dtype,
@@ -219,7 +223,7 @@ def number_settings(
         "spectrum_route": (
             resolved_route(config.spectra) if config.spectra.spectrum == "factored" else None
         ),
-        "layers": list(layers),
+        "layers": list(config.spectra.layer_numbers(decoder_config.num_layers)),
         "projections": list(config.spectra.projections),
         "similarity": config.spectra.similarity,
         "store_singular_values": config.store_singular_values,
@@ -230,6 +234,7 @@ def manifest(
     config: RunConfig,
     settings: dict[str, Any],
     checkpoint: Checkpoint,
+    decoder_config: DecoderConfig,
     rows: dict[Source, list[object]],
     store: Store,
 ) -> dict[str, Any]:
@@ -252,6 +257,10 @@ def manifest(
             "name": checkpoint.name,
             "source": checkpoint.source,
             "revision": checkpoint.revision,
+        },
+        "gradient_shapes": {
+            projection: block_parameters(decoder_config, layer=0)[projection].shape(decoder_config)
+            for projection in config.spectra.projections
         },
         # Groups of an earlier call stay: groups may be added to a run.
         "data": store.manifest.get("data", {})

@@ -32,10 +32,12 @@ find_python() {
   return 1
 }
 
-# The Python that makes environments: $PYTHON, or 3.11 before others, which runs the whole test suite.
+# The Python that makes environments: $PYTHON, or the first found, 3.11 before others because the
+# whole test suite runs on it.
 choose_python() {
   local name found=""
-  if [[ -n ${PYTHON:-} ]]; then set -- "$PYTHON"; else set -- python3.11 python3.12 python3.13 python3; fi
+  set -- python3.11 python3.12 python3.13 python3
+  if [[ -n ${PYTHON:-} ]]; then set -- "$PYTHON"; fi
   find_python "$@" && return
   for name in "$@"; do
     found+="${found:+, }$name ($("$name" --version 2>/dev/null || echo "does not run"))"
@@ -55,7 +57,8 @@ follow() {
 
 # Whether $VENV has what the requirements file $1 lists: a copy is kept beside what it installed.
 up_to_date() {
-  [[ -x $VENV/bin/python ]] && cat "$root/requirements.txt" "$root/$1" | cmp -s - "$VENV/installed-$1"
+  [[ -x $VENV/bin/python ]] &&
+    cat "$root/requirements.txt" "$root/$1" | cmp -s - "$VENV/installed-$1"
 }
 
 # Installs the requirements file $1 in $VENV, which is made if there is none, or again if an

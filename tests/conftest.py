@@ -11,6 +11,10 @@ for library in ("HF_HUB", "TRANSFORMERS", "HF_DATASETS"):
     os.environ[f"{library}_OFFLINE"] = "1"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
-# A float64 or float32 that slips in must fail, not silently change the numbers.
+# Where arrays are. Elsewhere tests hand over wrong types on purpose.
+jaxtyping.install_import_hook(["gradjax.spectra"], "beartype.beartype")
+
+# Mixed dtypes must fail, not silently change the numbers.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks the code and runs every test that needs no accelerator: bash tests/run.sh [pytest arguments]
+# Checks the code and runs every test that needs no accelerator:
+# bash tests/run.sh [pytest arguments]
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh

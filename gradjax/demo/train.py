@@ -44,7 +44,6 @@ _HELD_OUT_SEED = 1
 _CONTEXT = 128  # tokens of a prompt and what is decoded after it
 _DECODED_AT_ONCE = 125
 _POOL = 8  # batches that are drawn together and sorted by length
-_LENGTH_STEP = 16  # batches are padded to a multiple: few shapes to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Recipe:
     batch_size: int = 32
     peak_rate: float = 3e-3
     save_every: int = 250
+    length_multiple: int = 16  # batches are padded to one: few shapes to compile
     hidden_size: int = 96
     mlp_size: int = 256
     num_layers: int = 4
@@ -127,20 +127,22 @@ def training_batches(
         ]
         order = sorted(range(_POOL), key=lambda _: rng.random())
         for batch in order[offset:]:
-            yield encode_rows(tokenizer, rows[batch * size : (batch + 1) * size])
+            chosen = rows[batch * size : (batch + 1) * size]
+            yield encode_rows(tokenizer, chosen, recipe.length_multiple)
         offset = 0
 
 
 def encode_rows(
-    tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]
+    tokenizer: Tokenizer, rows: Sequence[tuple[str, str]], multiple: int = 1
 ) -> tuple[Int[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
     """Rows of (prompt, response) as token ids, and which of them are learned.
 
     A row is what gradjax evaluates under `--prompt_format=plain`, and an end of text. The
-    response and the end are learned. Rows are padded on the right with ends of text.
+    response and the end are learned. Rows are padded on the right with ends of text, to a
+    multiple of `multiple` tokens.
     """
     encoded = [tokenizer.encode(f"{prompt}{output}{END_OF_TEXT}").ids for prompt, output in rows]
-    tokens, lengths = _pad(tokenizer, encoded, _LENGTH_STEP)
+    tokens, lengths = _pad(tokenizer, encoded, multiple)
     starts = np.array([len(tokenizer.encode(prompt).ids) for prompt, _ in rows])
     position = np.arange(tokens.shape[1])
     return tokens, (position >= starts[:, None]) & (position < lengths[:, None])

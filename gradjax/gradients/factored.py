@@ -176,7 +176,7 @@ def _block_backward(
 def mask_padding(factors: Factors, lengths: Int[Array, " B"]) -> Factors:
     """Factors with the rows of padded tokens set to zero."""
     length = factors.q.shape[1]
-    real = (jnp.arange(length) < lengths[:, None])[..., None]
+    real = (jnp.arange(length, dtype=lengths.dtype) < lengths[:, None])[..., None]
     return dataclasses.replace(
         factors,
         x_qkv=jnp.where(real, factors.x_qkv, 0),

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -109,7 +109,9 @@ def _checkpoint_files(directory: Path) -> tuple[list[Path], dict[str, str] | Non
     if not index_path.exists():
         raise _no_safetensors(directory)
     index = _read_index(index_path)
-    files = [directory / name for name in sorted(set(index.values()))]
+    # Shards that lie there unlisted are read as well: they may be of another model.
+    listed = {directory / name for name in index.values()}
+    files = sorted(listed.union(directory.glob("model-*.safetensors")))
     if missing := [file.name for file in files if not file.is_file()]:
         raise GradjaxError(
             f"{directory} lacks {', '.join(missing)}, which {_INDEX_FILE} lists: download "
@@ -191,9 +193,11 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
 
 def _mismatches(tensors: dict[str, _Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """How the tensors found differ from those the config asks for."""
-    unknown = [name for name in tensors.keys() - shapes.keys() if not _ignored(name)]
+    unknown = tensors.keys() - shapes.keys()
     problems = _listing("missing", shapes.keys() - tensors.keys())
-    problems += _listing("not part of this model", unknown)
+    problems += _listing(
+        "not part of this model", [name for name in unknown if not name.endswith(_IGNORED_SUFFIX)]
+    )
     for name in sorted(tensors.keys() & shapes.keys()):
         found, expected = tensors[name], shapes[name]
         if found.shape != expected:
@@ -203,11 +207,7 @@ def _mismatches(tensors: dict[str, _Tensor], shapes: dict[str, tuple[int, ...]])
     return problems
 
 
-def _ignored(name: str) -> bool:
-    return name.endswith(_IGNORED_SUFFIX)
-
-
-def _listing(what: str, names: Iterable[str]) -> list[str]:
+def _listing(what: str, names: Collection[str]) -> list[str]:
     return [f"{what}: {', '.join(sorted(names))}"] if names else []
 
 
@@ -221,7 +221,7 @@ def _load(tensor: _Tensor, name: str, dtype: DTypeLike) -> jax.Array:
             f"{tensor.file}: {name} holds NaN or infinite values (as {array.dtype.name}), "
             "expected finite weights: download or save the checkpoint again."
         )
-    return jax.device_put(array)
+    return jax.block_until_ready(jax.device_put(array))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -234,7 +234,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _check_tied(embedding: jax.Array, head: _Tensor, dtype: DTypeLike) -> None:
-    """A tied model may carry its head as well, but then it must be the embedding."""
+    """A tied model may carry its head as well, but then it must be the embedding.
+
+    Where it is not, transformers 4 drops the head and transformers 5 unties the model.
+    """
     if not jnp.array_equal(embedding, _load(head, _HEAD, dtype)):
         raise GradjaxError(
             f"{head.file}: {_HEAD} differs from {_EMBEDDING} although config.json says "

@@ -11,7 +11,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gradjax.errors import GradjaxError
 
@@ -68,7 +68,7 @@ def resolve(model: str) -> Checkpoint:
     if model in REGISTRY:
         return _from_hub(model, REGISTRY[model])
     directory = Path(model).expanduser()
-    if directory.is_dir():
+    if model and directory.is_dir():
         path = directory.resolve()
         return Checkpoint(_folder_name(path.name), path, str(path), None)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -76,7 +76,7 @@ def resolve(model: str) -> Checkpoint:
     raise _unknown(model)
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer in a checkpoint's directory; runs no code from it.
 
     Raises GradjaxError where `tokenizer.json` is missing or cannot be read.
@@ -89,7 +89,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             "tokenizer writes them."
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
@@ -98,6 +98,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"({_first_line(error)}), expected a fast tokenizer without code of its own: download "
             "or save it again."
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise GradjaxError(
+            f"{directory}: tokenizer_config.json asks for {type(tokenizer).__name__}, expected a "
+            f"fast tokenizer, which gives character offsets: save one that has a {_TOKENIZER_FILE}."
+        )
+    return tokenizer
 
 
 def _from_hub(name: str, repo: str) -> Checkpoint:

@@ -1,0 +1,353 @@
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlparse
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gradjax.errors import GradjaxError
+from gradjax.model.config import DecoderConfig, RopeScaling
+from gradjax.model.decoder import logits, random_decoder
+from gradjax.model.hf_config import read_config
+from gradjax.model.registry import REGISTRY, load_tokenizer, resolve
+from tests.checkpoints import make_hf_model, save_checkpoint
+from tests.tokenizers import make_tokenizer
+
+with (Path(__file__).parent / "data" / "model_shapes.csv").open() as file:
+    PUBLISHED = {row["name"]: row for row in csv.DictReader(file)}
+
+
+def published_config(row: dict[str, str]) -> dict:
+    """config.json as it stands on the Hub, with the attributes of its time."""
+    values = {
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "hidden_size": int(row["hidden"]),
+        "initializer_range": 0.02,
+        "intermediate_size": int(row["mlp"]),
+        "num_attention_heads": int(row["heads"]),
+        "num_hidden_layers": int(row["layers"]),
+        "num_key_value_heads": int(row["kv_heads"]),
+        "rms_norm_eps": float(row["rms_norm_eps"]),
+        "rope_theta": float(row["rope_theta"]),
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": int(row["vocab"]),
+        "model_type": row["family"],
+    }
+    match row["family"]:
+        case "qwen2":
+            values |= {
+                "architectures": ["Qwen2ForCausalLM"],
+                "hidden_act": "silu",
+                "max_position_embeddings": 131072,
+                "max_window_layers": int(row["layers"]),
+                "sliding_window": 131072,
+                "tie_word_embeddings": row["tied"] == "1",
+                "transformers_version": "4.40.1",
+                "use_mrope": False,
+                "use_sliding_window": False,
+            }
+        case "llama":
+            values |= {
+                "architectures": ["LlamaForCausalLM"],
+                "attention_bias": False,
+                "eos_token_id": [128001, 128008, 128009],
+                "head_dim": int(row["head_dim"]),
+                "hidden_act": "silu",
+                "max_position_embeddings": 131072,
+                "mlp_bias": False,
+                "pretraining_tp": 1,
+                "rope_scaling": {
+                    "factor": float(row["rope_scaling"].split("factor=")[1].split()[0]),
+                    "high_freq_factor": 4.0,
+                    "low_freq_factor": 1.0,
+                    "original_max_position_embeddings": 8192,
+                    "rope_type": "llama3",
+                },
+                "tie_word_embeddings": row["tied"] == "1",
+                "transformers_version": "4.45.0.dev0",
+            }
+        case "gemma2":
+            values |= {
+                "_attn_implementation": "eager",
+                "architectures": ["Gemma2ForCausalLM"],
+                "attention_bias": False,
+                "attn_logit_softcapping": 50.0,
+                "cache_implementation": "hybrid",
+                "final_logit_softcapping": 30.0,
+                "head_dim": int(row["head_dim"]),
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_activation": "gelu_pytorch_tanh",
+                "max_position_embeddings": 8192,
+                "pad_token_id": 0,
+                "query_pre_attn_scalar": 144 if row["name"] == "gemma2_27b" else 256,
+                "sliding_window": 4096,
+                "sliding_window_size": 4096,
+                "transformers_version": "4.42.0.dev0",
+            }
+    return values
+
+
+def test_registered_repos_are_the_published_ones():
+    expected = {name: row["hub_repo"] for name, row in PUBLISHED.items()} | {
+        f"{name}_instruct": row["hub_repo_instruct"] for name, row in PUBLISHED.items()
+    }
+    assert expected == REGISTRY
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_registered_sizes_have_their_published_shapes(tmp_path, name):
+    row = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(published_config(row)))
+    config = read_config(tmp_path)
+    assert config.tied_embeddings == (row["tied"] == "1")
+    assert config.rope_theta == float(row["rope_theta"])
+    assert (config.rope_scaling is not None) == (row["rope_scaling"] != "")
+
+    decoder = jax.eval_shape(partial(random_decoder, config, 0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(decoder)) == int(row["parameters"])
+    hidden, mlp, head_dim = int(row["hidden"]), int(row["mlp"]), int(row["head_dim"])
+    assert len(decoder.blocks) == int(row["layers"])
+    for block in decoder.blocks:
+        assert block.q.shape == (int(row["heads"]) * head_dim, hidden)
+        assert block.k.shape == (int(row["kv_heads"]) * head_dim, hidden)
+        assert block.v.shape == block.k.shape
+        assert block.o.shape == block.q.shape[::-1]
+        assert block.down.shape == (hidden, mlp)
+    assert decoder.embedding.shape == (int(row["vocab"]), hidden)
+
+    upper = dataclasses.replace(config, num_layers=2, windows=config.windows[-2:])
+    tokens = jax.ShapeDtypeStruct((3, 17), jnp.int32)
+    scores = jax.eval_shape(logits, jax.eval_shape(partial(random_decoder, upper, 0)), tokens)
+    assert scores.shape == (3, 17, int(row["vocab"]))
+
+
+def test_published_gemma_and_llama_details(tmp_path):
+    def read(name: str) -> DecoderConfig:
+        (tmp_path / "config.json").write_text(json.dumps(published_config(PUBLISHED[name])))
+        return read_config(tmp_path)
+
+    gemma = read("gemma2_27b")
+    assert gemma.query_scale == 144**-0.5
+    assert gemma.windows == (4096, None) * 23
+    assert gemma.embedding_scale == 4608**0.5
+    assert read("llama3.2_1b").rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert read("qwen2.5_7b").windows == (None,) * 28
+
+
+@pytest.mark.parametrize(
+    ("spelling", "meant"),
+    [
+        ("gemma2_2B", "gemma2_2b"),
+        ("qwen2.5-7b", "qwen2.5_7b"),
+        ("llama3.1_8b_instrct", "llama3.1_8b_instruct"),
+        ("dmo", "demo"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_closest(spelling, meant):
+    with pytest.raises(GradjaxError) as raised:
+        resolve(spelling)
+    assert f"did you mean {meant}?" in str(raised.value)
+    assert all(name in str(raised.value) for name in REGISTRY)
+
+
+@pytest.mark.parametrize("model", ["zzz", "/no/such/directory", "a/b/c", "../up", "./here", ""])
+def test_what_cannot_be_a_repo_is_unknown(model):
+    with pytest.raises(GradjaxError, match="neither a registered name nor an existing directory"):
+        resolve(model)
+
+
+def test_a_local_directory_is_itself(tmp_path, monkeypatch):
+    directory = tmp_path / "org" / "My model"
+    directory.mkdir(parents=True)
+    checkpoint = resolve(str(directory))
+    assert checkpoint.directory == directory
+    assert checkpoint.source == str(directory)
+    assert checkpoint.revision is None
+    assert checkpoint.name == "My-model"
+    monkeypatch.chdir(tmp_path)  # a directory comes before a Hub repo of that name
+    assert resolve("org/My model") == checkpoint
+    monkeypatch.chdir(directory)
+    assert resolve(".") == checkpoint
+
+
+def test_demo_is_part_of_the_package():
+    checkpoint = resolve("demo")
+    assert (checkpoint.name, checkpoint.revision) == ("demo", None)
+    assert checkpoint.directory.parts[-3:] == ("gradjax", "demo", "model")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2"])
+def test_a_tokenizer_is_read_from_its_directory(tmp_path, family):
+    tokenizer = make_tokenizer(family)
+    save_checkpoint(make_hf_model(family), tmp_path, tokenizer=tokenizer)
+    text = "How many apples?\nSeven, as 3 + 4 = 7."
+    assert load_tokenizer(tmp_path)(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_directory_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(GradjaxError, match=r"has no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_malformed_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(GradjaxError, match=r"the tokenizer \(tokenizer\.json.* cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_does_not_run(tmp_path):
+    make_tokenizer("qwen2").save_pretrained(tmp_path)
+    code = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    edit_json(tmp_path / "tokenizer_config.json", code)
+    marker = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    with pytest.raises(GradjaxError, match="expected a fast tokenizer without code of its own"):
+        load_tokenizer(tmp_path)
+    assert not marker.exists()
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path):
+    make_tokenizer("qwen2").save_pretrained(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    with pytest.raises(GradjaxError, match="asks for ByT5Tokenizer, expected a fast tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def edit_json(path: Path, changes: dict) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LICENCE_ERROR = (403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+MISSING_ERROR = (401, {"X-Error-Code": "RepoNotFound"})
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's protocol as a download needs."""
+
+    files: dict[str, bytes]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = urlparse(self.path).path
+        repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        if repo == "org/missing":
+            return self.reply(*MISSING_ERROR)
+        if path.endswith("/revision/main"):
+            return self.reply_json({"id": repo, "sha": COMMIT, "siblings": []})
+        if repo == "google/gemma-2-2b":
+            return self.reply(*LICENCE_ERROR)
+        if "/tree/" in path:
+            return self.reply_json(
+                [
+                    {"type": "file", "path": name, "size": len(data), "oid": self.etag(data)}
+                    for name, data in self.files.items()
+                ]
+            )
+        if repo == "meta-llama/Llama-3.2-1B":  # metadata is public, files are not
+            return self.reply(*LICENCE_ERROR)
+        data = self.files[path.rsplit("/", 1)[1]]
+        headers = {"ETag": f'"{self.etag(data)}"', "X-Repo-Commit": COMMIT}
+        return self.reply(200, headers, data)
+
+    @staticmethod
+    def etag(data: bytes) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+    def reply_json(self, value) -> None:
+        self.reply(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+
+    def reply(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+RESOLVE = """
+import json, sys
+from gradjax.errors import GradjaxError
+from gradjax.model.registry import resolve
+
+for model in sys.argv[1:]:
+    try:
+        checkpoint = resolve(model)
+        found = [checkpoint.name, str(checkpoint.directory), checkpoint.source, checkpoint.revision]
+    except GradjaxError as error:
+        found = str(error)
+    print(json.dumps(found))
+"""
+
+
+def test_hub_repos_download_and_errors_and_the_cache(tmp_path):
+    source = save_checkpoint(make_hf_model("qwen2"), tmp_path / "source", max_shard_size="20KB")
+    unwanted = ["pytorch_model.bin", "consolidated.safetensors", "code.py"]
+    Hub.files = dict.fromkeys(unwanted, b"") | {
+        path.name: path.read_bytes() for path in source.iterdir()
+    }
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def run(*models: str) -> list:
+        run = subprocess.run(
+            [sys.executable, "-c", RESOLVE, *models],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ
+            | {
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_OFFLINE": "0",
+                "TRANSFORMERS_OFFLINE": "0",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "PYTHONPATH": str(Path(__file__).parent.parent),
+            },
+        )
+        return [json.loads(line) for line in run.stdout.splitlines()]
+
+    found, registered, gated, files_gated, missing = run(
+        "org/tiny.model", "qwen2.5_0.5b", "gemma2_2b", "llama3.2_1b", "org/missing"
+    )
+    name, directory, repo, revision = found
+    assert (name, repo, revision) == ("org--tiny.model", "org/tiny.model", COMMIT)
+    assert {path.name: path.read_bytes() for path in Path(directory).iterdir()} == {
+        path.name: path.read_bytes() for path in source.iterdir()
+    }
+    read_config(Path(directory))
+    assert (registered[0], registered[2]) == ("qwen2.5_0.5b", "Qwen/Qwen2.5-0.5B")
+    for text, page in ((gated, "google/gemma-2-2b"), (files_gated, "meta-llama/Llama-3.2-1B")):
+        assert f"accept its licence on https://huggingface.co/{page}" in text
+        assert "HF_TOKEN" in text
+    assert "neither an existing directory nor a public repo" in missing
+    assert "https://huggingface.co/org/missing" in missing
+    assert "HF_TOKEN" in missing
+
+    server.shutdown()
+    server.server_close()
+    cached, uncached, partial = run("org/tiny.model", "qwen2.5_1.5b", "llama3.2_1b")
+    assert cached == found
+    assert "Qwen/Qwen2.5-1.5B is not in the local cache" in uncached
+    assert "hf download Qwen/Qwen2.5-1.5B" in uncached
+    assert "give the directory of a local copy as --model" in uncached
+    assert "meta-llama/Llama-3.2-1B is not in the local cache (or only in part)" in partial

@@ -1,0 +1,377 @@
+"""Whole runs of the embedded model: every row accounted for, whatever happens to the process."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+import gradjax
+from gradjax import compute
+from gradjax import run as run_module
+from gradjax.config import RunConfig, SpectraConfig, TokenSettings
+from gradjax.demo.problems import demo_rows
+from gradjax.errors import GradjaxError
+from gradjax.run import run
+from gradjax.store import TABLES, open_store, read_table
+from gradjax.summary import format_table, group_means
+
+pytestmark = pytest.mark.smoke
+
+# Small and quick, and still several batches of several lengths.
+SMALL = SpectraConfig(layers="2-3")
+# A process that writes a shard per batch, so that it can be stopped between two.
+MAIN = """
+import sys
+from gradjax import main, program, run
+run._FLUSH_SECONDS = 0
+program.start(main.main)
+"""
+FLAGS = ("--limit=12", "--batch_tokens=128", "--layers=2-3")
+
+
+def config(output_dir: Path, **changes) -> RunConfig:
+    defaults = {"spectra": SMALL, "limit": 5, "output_dir": output_dir}
+    return RunConfig(**{**defaults, **changes})
+
+
+def start(output_dir: Path, *flags: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-c", MAIN, f"--output_dir={output_dir}", *FLAGS, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, **options)
+
+
+def tables(directory: Path) -> dict[str, pd.DataFrame]:
+    """The store's tables in one order, arrays as tuples, so that frames compare whole."""
+    found = {}
+    for table, schema in TABLES.items():
+        frame = read_table(directory, table).to_pandas()
+        if "singular_values" in frame:
+            frame["singular_values"] = frame["singular_values"].map(tuple)
+        keys = [name for name in schema.names if name in _KEYS]
+        found[table] = frame.sort_values(keys).reset_index(drop=True)
+        assert not found[table].duplicated(keys).any()
+    return found
+
+
+_KEYS = ("group", "example_id", "layer", "kind", "projection", "layer_a", "layer_b")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    process = start(directory)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return directory, output
+
+
+def test_the_table_says_what_the_store_holds(uninterrupted):
+    directory, output = uninterrupted
+    lines = output.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["slow", "fast", "corrupted"]
+    assert lines[-1] == f"The store is in {directory}"
+    opened = gradjax.open_run(directory)
+    assert set(opened.examples.status) == {"ok"}
+    assert len(opened.examples) == 36
+    assert len(opened.spectra) == 36 * 2 * 4
+    assert len(opened.similarity) == 36 * (2 * 2 + 4)
+    # The paper's mean: over examples per layer, then over layers.
+    part = opened.spectra.query("group == 'fast' and projection == 'v'")
+    expected = part.groupby("layer").effective_rank.mean().mean()
+    assert group_means(directory).loc["fast", ("effective_rank", "v")] == pytest.approx(expected)
+    assert f"{expected:.2f}" in lines[3]
+
+
+def test_plain_pandas_reads_the_store(uninterrupted):
+    directory, _ = uninterrupted
+    examples = pd.read_parquet(directory / "examples")
+    spectra = pd.read_parquet(directory / "spectra")
+    assert sorted(examples.columns) == sorted(TABLES["examples"].names)
+    assert sorted(spectra.columns) == sorted(TABLES["spectra"].names)
+    for row in spectra.itertuples():
+        assert np.sum(row.singular_values, dtype=np.float64) == pytest.approx(row.nuclear_norm)
+
+
+def test_manifest_tells_what_was_run(uninterrupted):
+    directory, _ = uninterrupted
+    manifest = json.loads((directory / "run.json").read_text())
+    assert manifest["flags"]["limit"] == 12
+    assert manifest["settings"]["spectrum_route"] == "gram"
+    assert manifest["settings"]["model"].startswith("sha256:")
+    assert manifest["data"]["fast"]["rows"] == 12
+    assert manifest["versions"]["gradjax"] == gradjax.__version__
+    assert manifest["device"]["platform"] == "cpu"
+
+
+def test_killed_runs_continue_to_the_same_store(uninterrupted, tmp_path):
+    expected, _ = uninterrupted
+    directory = tmp_path / "run"
+    for shards in (1, 3):  # kill -9 as soon as so many shards stand
+        process = start(directory)
+        while len(list(directory.glob("examples/*.parquet"))) < shards:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for table in TABLES:  # readable as it stands
+            read_table(directory, table)
+    done = len(read_table(directory, "examples"))
+    assert 0 < done < 36
+    process = start(directory)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert f"{done} finished before" in errors
+    for table, frame in tables(directory).items():
+        pd.testing.assert_frame_equal(frame, tables(expected)[table], check_exact=True)
+    assert {path.name for path in directory.iterdir()} == {".tmp", "run.json", *TABLES}
+    assert [path.name for path in (directory / ".tmp").iterdir()] == ["lock"]
+
+
+def test_full_disk_stops_clearly_and_the_run_goes_on_later(uninterrupted, tmp_path):
+    """A limit on file size makes real writes fail after some bytes."""
+    expected, _ = uninterrupted
+    directory = tmp_path / "run"
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
+
+    process = start(directory, "--batch_tokens=1024", preexec_fn=small_files)
+    output, errors = process.communicate()
+    assert process.returncode == 1
+    assert output == ""
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"gradjax: cannot write to {directory}")
+    assert "Traceback" not in errors
+    process = start(directory)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    frames = tables(directory)
+    pd.testing.assert_series_equal(
+        frames["examples"]["row_hash"], tables(expected)["examples"]["row_hash"]
+    )
+
+
+def test_second_writer_is_refused(tmp_path):
+    with open_store(tmp_path / "run", {}):
+        process = start(tmp_path / "run")
+        _, errors = process.communicate()
+        assert process.returncode == 1
+        assert f"is being written by process {os.getpid()}" in errors
+
+
+def test_run_twice_computes_nothing(tmp_path, monkeypatch):
+    directory = run(config(tmp_path / "run"))
+    before = tables(directory)
+    monkeypatch.setattr(run_module, "compute_results", None)
+    run(config(tmp_path / "run"))
+    for table, frame in tables(directory).items():
+        pd.testing.assert_frame_equal(frame, before[table], check_exact=True)
+
+
+def test_limit_may_grow_and_groups_may_be_added(tmp_path):
+    rows = tmp_path / "extra.json"
+    rows.write_text(json.dumps(demo_rows("slow")[:3]))
+    run(config(tmp_path / "run", limit=2))
+    run(config(tmp_path / "run", limit=4))
+    directory = run(config(tmp_path / "run", limit=4, data=("demo", str(rows))))
+    counts = tables(directory)["examples"].groupby("group").size()
+    assert dict(counts) == {"slow": 4, "fast": 4, "corrupted": 4, "extra": 3}
+    whole = run(config(tmp_path / "whole", limit=4, data=("demo", str(rows))))
+    for table, frame in tables(directory).items():
+        expected = tables(whole)[table]
+        numbers = frame.select_dtypes("number").columns
+        np.testing.assert_allclose(frame[numbers], expected[numbers], rtol=1e-4, atol=1e-6)
+        others = [name for name in frame if name not in (*numbers, "singular_values")]
+        pd.testing.assert_frame_equal(frame[others], expected[others])
+    assert list(group_means(directory).index) == ["slow", "fast", "corrupted", "extra"]
+
+
+def test_smaller_limit_is_refused(tmp_path):
+    run(config(tmp_path / "run", limit=3))
+    with pytest.raises(GradjaxError, match=r"row 2 of group .* --limit leaves out"):
+        run(config(tmp_path / "run", limit=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"tokens": TokenSettings(max_length=64)}, "max_length"),
+        ({"tokens": TokenSettings(prompt_format="chat")}, "prompt_format"),
+        ({"spectra": dataclasses.replace(SMALL, projections=("q",))}, "projections"),
+        ({"spectra": dataclasses.replace(SMALL, layers="3")}, "layers"),
+        ({"spectra": dataclasses.replace(SMALL, spectrum="dense")}, "spectrum"),
+        ({"random_init": True}, "model"),
+        ({"store_singular_values": False}, "store_singular_values"),
+    ],
+)
+def test_other_settings_are_refused_by_name(changes, named, tmp_path, one_row_run):
+    with pytest.raises(GradjaxError, match=rf"holds a run with other settings: .*\b{named} \("):
+        run(config(one_row_run, limit=1, **changes))
+
+
+@pytest.fixture(scope="module")
+def one_row_run(tmp_path_factory):
+    return run(config(tmp_path_factory.mktemp("one") / "run", limit=1))
+
+
+def test_overwrite_replaces(tmp_path):
+    directory = run(config(tmp_path / "run", limit=2))
+    spectra = dataclasses.replace(SMALL, projections=("v",), similarity="none")
+    run(config(tmp_path / "run", limit=1, spectra=spectra, overwrite=True))
+    frames = tables(directory)
+    assert len(frames["examples"]) == 3
+    assert set(frames["spectra"].projection) == {"v"}
+    assert frames["similarity"].empty
+
+
+def test_changed_rows_are_refused(tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "1 + 1 = ?", "output": "2"}]))
+    run(config(tmp_path / "run", data=(str(rows),)))
+    rows.write_text(json.dumps([{"instruction": "1 + 1 = ?", "output": "3"}]))
+    with pytest.raises(GradjaxError, match="holds another row 0 of group rows"):
+        run(config(tmp_path / "run", data=(str(rows),)))
+
+
+def test_every_row_gets_a_status(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [
+        {"instruction": "How many are 2 + 3?", "output": "2 + 3 = 5. The answer is 5."},
+        {"instruction": "How many are 2 + 3?", "output": ""},
+        {"instruction": 7, "output": "5"},
+        {"instruction": "word " * 60, "output": "5"},
+        {"instruction": "How many are 2 + 3?", "output": "5"},
+        {"instruction": "How many are 2 + 3?", "output": "2 + 3 = 5. The answer is 5."},
+        "not an object",
+        {"messages": [{"role": r, "content": "5"} for r in ("user", "assistant") * 2]},
+    ]
+    path.write_text(json.dumps(rows))
+    tokens = TokenSettings(max_length=48, target_tokens=3)
+    directory = run(config(tmp_path / "run", data=(str(path),), limit=None, tokens=tokens))
+    examples = tables(directory)["examples"]
+    assert list(examples.status) == [
+        "ok", "empty_response", "invalid_row", "no_target_tokens",
+        "too_short", "ok", "invalid_row", "invalid_row",
+    ]  # fmt: skip
+    assert "chat" in examples.reason[7]
+    assert examples.loss.notna().tolist() == [status == "ok" for status in examples.status]
+    assert examples.num_target_tokens[0] == 3
+    assert examples.row_hash[0] == examples.row_hash[5]  # the same row twice stays two rows
+    table = group_means(directory)
+    assert tuple(table.loc["rows", [("rows", "used"), ("rows", "not used")]]) == (2, 6)
+
+
+def test_a_group_without_usable_rows(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"instruction": "a"}\n{"output": "b"}\n')
+    directory = run(config(tmp_path / "run", data=(str(path),)))
+    assert "–" in format_table(group_means(directory))
+    assert set(tables(directory)["examples"].status) == {"invalid_row"}
+
+
+def test_numbers_that_overflow_are_not_finite(tmp_path, monkeypatch):
+    """Finite weights whose product is not: the row is kept, and says so."""
+    from gradjax.model import pretrained
+
+    load = pretrained.load_weights
+
+    def huge(*arguments, **options):
+        decoder = load(*arguments, **options)
+        decoder.final_norm[...] = decoder.final_norm[...] * 3e38
+        return decoder
+
+    monkeypatch.setattr(run_module, "load_weights", huge)
+    directory = run(config(tmp_path / "run", limit=1))
+    frames = tables(directory)
+    assert set(frames["examples"].status) == {"non_finite"}
+    assert frames["examples"].loss.isna().all()
+    assert frames["spectra"].empty
+
+
+def test_dense_equals_factored(tmp_path):
+    factored = tables(run(config(tmp_path / "factored", limit=3)))
+    spectra = dataclasses.replace(SMALL, spectrum="dense")
+    dense = tables(run(config(tmp_path / "dense", limit=3, spectra=spectra)))
+    for table, columns in {
+        "examples": ["loss"],
+        "spectra": ["nuclear_norm", "effective_rank", "frobenius_norm", "spectral_norm"],
+    }.items():
+        np.testing.assert_allclose(factored[table][columns], dense[table][columns], rtol=2e-4)
+    np.testing.assert_allclose(factored["similarity"].cosine, dense["similarity"].cosine, atol=1e-5)
+
+
+def test_bfloat16_and_random_weights_run(tmp_path):
+    directory = run(config(tmp_path / "run", limit=2, dtype="bfloat16", random_init=True))
+    frames = tables(directory)
+    assert set(frames["examples"].status) == {"ok"}
+    assert frames["spectra"].effective_rank.between(1, 200).all()
+
+
+def test_ten_lines_of_python():
+    """The README's example."""
+    readme = Path(__file__).parent.parent / "README.md"
+    block = readme.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert len(block.strip().splitlines()) <= 10
+    names: dict = {}
+    exec(block, names)
+    results = names["results"]
+    assert sorted(r.tokenized.example.example_id for r in results) == list(range(len(results)))
+    assert all(r.status == "ok" and r.spectra for r in results)
+
+
+def test_unknown_setting_of_the_api():
+    model = gradjax.load_model("demo")
+    with pytest.raises(TypeError, match="no setting promt_format"):
+        list(gradjax.gradient_spectra(model, [], promt_format="chat"))
+
+
+def test_directory_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(GradjaxError, match=r"not a gradjax run \(found thesis.tex\)"):
+            run(config(tmp_path, limit=1, overwrite=overwrite))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("place", ["/proc/gradjax", "file/run"])
+def test_directory_that_cannot_be_written(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GradjaxError, match=r"cannot write to .*--output_dir"):
+        run(config(tmp_path / place, limit=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), r"a batch of \d+ rows of \d+ tokens does not fit .*; lower --batch_tokens"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB"), "does not fit"),
+        (jax.errors.JaxRuntimeError("INTERNAL: broken"), "INTERNAL: broken"),
+    ],
+)
+def test_batch_that_does_not_fit(error, message, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(compute, "batch_spectra", fail)
+    with pytest.raises((GradjaxError, jax.errors.JaxRuntimeError), match=message):
+        run(config(tmp_path / "run"))
+
+
+def test_token_beyond_the_vocabulary(tmp_path, monkeypatch):
+    read = run_module.read_config
+    monkeypatch.setattr(
+        run_module, "read_config", lambda d: dataclasses.replace(read(d), vocab_size=40)
+    )
+    with pytest.raises(GradjaxError, match=r"row 0: .* outside the model's vocabulary of 40"):
+        run(config(tmp_path / "run"))

@@ -1,0 +1,185 @@
+"""Properties of the singular values and of what is said about them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradjax.spectra import measures
+from gradjax.spectra.decompose import _on_device, decomposer
+from gradjax.spectra.singular_values import factor_singular_values
+from gradjax.structs import PROJECTIONS, Factors
+
+pytestmark = pytest.mark.smoke
+
+ROUTES = ("gram", "qr")
+# T below, at and above the smaller side.
+SHAPES = [(5, 17, 11), (11, 17, 11), (23, 17, 11), (7, 3, 31), (1, 13, 5), (19, 1, 7)]
+
+
+def random_factors(shape, seed=0):
+    tokens, outputs, inputs = shape
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, inputs)).astype(np.float32)
+    return x, rng.standard_normal((tokens, outputs)).astype(np.float32)
+
+
+def values_of(route, x, delta):
+    (values,) = factor_singular_values(np, route, x, [delta])
+    return values
+
+
+def exact(x, delta):
+    gradient = delta.astype(np.float64).T @ x.astype(np.float64)
+    return np.linalg.svd(gradient, compute_uv=False)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equal_to_the_svd_of_the_product(route, shape):
+    x, delta = random_factors(shape)
+    values, expected = values_of(route, x, delta), exact(x, delta)
+    assert len(values) == min(shape)
+    tolerance = {"gram": 2e-8, "qr": 2e-6}[route] * expected[0]
+    np.testing.assert_allclose(values, expected[: len(values)], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(expected[len(values) :], 0, atol=1e-12 * expected[0])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(ROUTES),
+    st.sampled_from(SHAPES),
+    st.integers(0, 2**20),
+    st.floats(-12, 12),
+)
+def test_scaling_scales_values_and_keeps_the_effective_rank(route, shape, seed, exponent):
+    x, delta = random_factors(shape, seed)
+    factor = np.float32(10.0**exponent)
+    values, scaled = values_of(route, x, delta), values_of(route, x, delta * factor)
+    np.testing.assert_allclose(scaled, values * factor, rtol=0, atol=1e-5 * scaled[0])
+    assert measures.effective_rank(scaled) == pytest.approx(
+        measures.effective_rank(values), rel=1e-4
+    )
+    assert measures.nuclear_norm(scaled) == pytest.approx(
+        float(factor) * measures.nuclear_norm(values), rel=1e-5
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(ROUTES), st.sampled_from(SHAPES), st.integers(0, 2**20))
+def test_rotating_either_side_changes_no_value(route, shape, seed):
+    x, delta = random_factors(shape, seed)
+    rng = np.random.default_rng(seed + 1)
+    left = np.linalg.qr(rng.standard_normal((shape[1], shape[1])))[0].astype(np.float32)
+    right = np.linalg.qr(rng.standard_normal((shape[2], shape[2])))[0].astype(np.float32)
+    values = values_of(route, x, delta)
+    rotated = values_of(route, x @ right, delta @ left)
+    np.testing.assert_allclose(rotated, values, rtol=0, atol=5e-6 * values[0])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(ROUTES),
+    st.tuples(st.integers(1, 13), st.integers(1, 11), st.integers(1, 17)),
+    st.integers(0, 2**20),
+    st.integers(0, 4),
+)
+def test_effective_rank_is_between_one_and_the_rank_bound(route, shape, seed, zero_rows):
+    x, delta = random_factors(shape, seed)
+    delta[:zero_rows] = 0
+    values = values_of(route, x, delta)
+    assert np.all(np.diff(values) <= 0)
+    assert np.all(values >= 0)
+    rank = measures.effective_rank(values)
+    if not delta.any():
+        assert np.isnan(rank) or values[0] < 1e-100
+    else:
+        assert 1 - 1e-12 <= rank <= min(shape) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero_gradient(route, shape):
+    x, delta = random_factors(shape)
+    for factors in ((x, 0 * delta), (0 * x, delta)):
+        values = values_of(route, *factors)
+        np.testing.assert_array_equal(np.float32(values), 0)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", [(29, 61, 53), (61, 37, 53)])
+def test_repeated_tokens_leave_the_tail_at_zero(route, shape):
+    """Layer 0 gives q, k and v the same input for the same token: rank 7 here, not 29."""
+    x, delta = random_factors(shape)
+    x = x[np.arange(shape[0]) % 7]
+    values, expected = values_of(route, x, delta), exact(x, delta)
+    np.testing.assert_allclose(values[:7], expected[:7], rtol=2e-6)
+    assert values[7] < {"gram": 2e-7, "qr": 2e-6}[route] * values[0]
+    assert measures.effective_rank(values) == pytest.approx(
+        measures.effective_rank(expected), rel={"gram": 2e-5, "qr": 1e-4}[route]
+    )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_padding_changes_nothing(route):
+    x, delta = random_factors((9, 31, 23))
+    padded = values_of(route, np.pad(x, ((0, 8), (0, 0))), np.pad(delta, ((0, 8), (0, 0))))
+    values = values_of(route, x, delta)
+    np.testing.assert_allclose(padded[:9], values, rtol=0, atol=2e-6 * values[0])
+    np.testing.assert_allclose(padded[9:], 0, atol=2e-7 * values[0])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("length", [0, 13, 29])
+def test_device_and_host_agree(route, length):
+    """The same formulas in jax.numpy, as on an accelerator.
+
+    One example: batched decompositions can deadlock on jax 0.10.2's CPU backend.
+    """
+    rng = np.random.default_rng(3)
+    sizes = {"x_qkv": 19, "x_o": 23, "q": 23, "k": 11, "v": 11, "o": 19}
+    arrays = {n: rng.standard_normal((1, 29, s)).astype(np.float32) for n, s in sizes.items()}
+    for name in PROJECTIONS:  # padded tokens have no cotangent
+        arrays[name][:, length:] = 0
+    factors = Factors(**{name: jnp.asarray(array) for name, array in arrays.items()})
+    lengths = np.array([length], np.int32)
+    device = _on_device(route, PROJECTIONS, factors, lengths)()
+    with decomposer(route, PROJECTIONS, "cpu") as decompose:
+        host = decompose(factors, lengths)()
+    for projection in PROJECTIONS:
+        (a,), (b,) = device[projection], host[projection]
+        assert len(a) == len(b) == min(max(length, 1), 19, sizes[projection])
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(b[0], 1e-30))
+        assert a.dtype == b.dtype == {"gram": np.float64, "qr": np.float32}[route]
+
+
+def test_closed_forms():
+    assert measures.nuclear_norm(np.array([3.0, 4.0])) == 7
+    assert measures.frobenius_norm(np.array([3.0, 4.0])) == pytest.approx(5, rel=1e-15)
+    assert measures.frobenius_norm(np.array([3e-300, 4e-300])) == pytest.approx(5e-300)
+    assert measures.effective_rank(np.ones(7)) == pytest.approx(7, rel=1e-15)
+    assert measures.effective_rank(np.array([2.0, 0, 0])) == 1
+    assert np.isnan(measures.effective_rank(np.zeros(3)))
+    two_thirds = np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3)))
+    assert measures.effective_rank(np.array([2.0, 1.0])) == pytest.approx(two_thirds, rel=1e-15)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30])
+def test_cosines_and_entries_at_any_scale(scale):
+    rng = np.random.default_rng(5)
+    a, b = (rng.standard_normal((2, 401, 307)).astype(np.float32) for _ in range(2))
+    b = 0.1 * a + b
+    unit, scales = measures.unit_scaled(
+        {"q": jnp.asarray(a) * np.float32(scale), "o": jnp.asarray(b) * np.float32(scale)}
+    )
+    entries = jax.tree.map(np.asarray, measures.entry_measures(unit, scales))
+    found = measures.cosine(unit["q"], unit["o"].reshape(2, 307, 401))
+    for row in range(2):
+        x, y = a[row].astype(np.float64).ravel(), b[row].astype(np.float64).ravel()
+        expected = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+        assert found[row] == pytest.approx(expected, abs=1e-6)
+        for name in ("mean", "max", "min"):
+            error = abs(entries["q"][name][row] - scale * getattr(x, name)())
+            assert error <= 1e-6 * scale * np.abs(x).max()
