@@ -5,6 +5,18 @@ for result in gradjax.gradient_spectra(model, rows): ...
 run = gradjax.open_run("runs/demo")
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradjax.api import (
+        ExampleResult,
+        GradjaxError,
+        Model,
+        gradient_spectra,
+        load_model,
+        open_run,
+    )
+
 __version__ = "0.1.0"
 __all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pandas as pd
 
 from gradjax.store import read_manifest, read_table
-from gradjax.structs import PROJECTIONS
 
 _NUMBERS = {"nuclear_norm": "nuclear norm", "effective_rank": "effective rank"}
 
@@ -23,9 +22,11 @@ def group_means(directory: Path) -> pd.DataFrame:
     spectra = read_table(directory, "spectra", columns).to_pandas()
     by_layer = spectra.groupby(["group", "layer", "projection"])[list(_NUMBERS)].mean()
     means = by_layer.groupby(["group", "projection"]).mean().unstack("projection")
-    order = [(n, p) for n in _NUMBERS for p in PROJECTIONS if (n, p) in means.columns]
-    groups = read_manifest(directory)["data"]  # in the order they were given
-    table = means.reindex(index=list(groups), columns=pd.MultiIndex.from_tuples(order))
+    manifest = read_manifest(directory)
+    order = [(n, p) for n in _NUMBERS for p in manifest["settings"]["projections"]]
+    groups = manifest["data"]  # in the order they were given
+    columns = pd.MultiIndex.from_tuples(order, names=["measure", "part"])
+    table = means.reindex(index=list(groups), columns=columns)
     table[("loss", "")] = examples.groupby("group")["loss"].mean()
     used = examples["status"] == "ok"
     table[("rows", "used")] = used.groupby(examples["group"]).sum()

@@ -12,6 +12,8 @@ from gradjax.data.batches import MAX_RUNGS, BatchPlan, make_batch, plan_batches
 from gradjax.data.examples import to_example
 from gradjax.structs import TokenizedExample
 
+pytestmark = pytest.mark.smoke
+
 row_lengths = st.lists(st.integers(1, 700), min_size=1, max_size=80)
 
 

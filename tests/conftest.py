@@ -14,7 +14,9 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 
 # Where arrays are. Elsewhere tests hand over wrong types on purpose.
-jaxtyping.install_import_hook(["gradjax.spectra"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["gradjax.gradients", "gradjax.model", "gradjax.spectra"], "beartype.beartype"
+)
 
 # Mixed dtypes must fail, not silently change the numbers.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

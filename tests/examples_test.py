@@ -10,6 +10,8 @@ from gradjax.data.examples import is_single_turn, to_example
 from gradjax.data.sources import row_hash
 from gradjax.structs import Message
 
+pytestmark = pytest.mark.smoke
+
 
 def turns(*pairs, keys=("role", "content")):
     return [dict(zip(keys, pair, strict=True)) for pair in pairs]

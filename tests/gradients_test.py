@@ -14,8 +14,8 @@ from tests import oracle
 from tests.checkpoints import FAMILIES, make_hf_model, save_checkpoint
 
 # T below, between and above the smaller sides of the gradients, which are 12 to 60.
-LENGTHS = (5, 37, 97)
-PROMPT = 3
+LENGTHS = (7, 37, 97)
+PROMPT = 2
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -10,6 +10,8 @@ import pytest
 from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows, row_hash
 from gradjax.errors import GradjaxError
 
+pytestmark = pytest.mark.smoke
+
 ROWS = [
     {"instruction": f"Question {i}?", "output": f"Größe {i}\u2028é", "score": i / 4}
     for i in range(7)

@@ -18,6 +18,8 @@ from gradjax.data.tokens import TokenSettings, check_tokenizer, describe, tokeni
 from gradjax.errors import GradjaxError
 from tests.tokenizers import BOS, END_OF_TURN, FAMILIES, make_tokenizer
 
+pytestmark = pytest.mark.smoke
+
 CHAT = TokenSettings("chat")
 
 nfc = functools.partial(unicodedata.normalize, "NFC")

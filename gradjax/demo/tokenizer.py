@@ -8,7 +8,16 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
@@ -30,6 +39,7 @@ _CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE tokenizer whose merges are learned from `texts`."""
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
@@ -52,7 +62,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> No
     """Write `tokenizer.json` and `tokenizer_config.json` as transformers reads them."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "model_max_length": max_length,
         "bos_token": None,
         "eos_token": END_OF_TEXT,

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from gradjax.demo.problems import answer_of, random_problem
 from gradjax.demo.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder, logits, random_decoder
 from gradjax.model.hf_config import read_config
@@ -175,7 +176,10 @@ def train(recipe: Recipe, checkpoint_dir: Path) -> tuple[Decoder, Tokenizer, dic
     Returns:
       The model, its tokenizer, and what it took over all the runs that led here:
       `learned_tokens` (responses and ends of text) and `seconds`.
+
+    Raises GradjaxError where `checkpoint_dir` holds checkpoints of another recipe.
     """
+    _claim(checkpoint_dir, recipe)
     tokenizer = demo_tokenizer(recipe.seed)
     config = recipe.decoder_config(tokenizer.get_vocab_size())
     optimizer = recipe.optimizer()
@@ -216,6 +220,21 @@ def train(recipe: Recipe, checkpoint_dir: Path) -> tuple[Decoder, Tokenizer, dic
             checkpoints.save(step, args=ocp.args.StandardSave(state), force=step == recipe.steps)
     spent = {name: float(value) for name, value in state["spent"].items()}
     return Decoder(config, state["weights"]), tokenizer, spent
+
+
+def _claim(checkpoint_dir: Path, recipe: Recipe) -> None:
+    """Note whose checkpoints a directory holds, or refuse those of another recipe."""
+    path, wanted = checkpoint_dir / "recipe.json", dataclasses.asdict(recipe)
+    if not path.exists():
+        checkpoint_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(path, wanted)
+    found = json.loads(path.read_text())
+    if found != wanted:
+        other = [f"{name}={found.get(name)}" for name in wanted if found.get(name) != wanted[name]]
+        raise GradjaxError(
+            f"{checkpoint_dir} holds checkpoints of a training with {', '.join(other)}, expected "
+            "the settings of this one: give another --checkpoint_dir or remove it."
+        )
 
 
 def _weight(model: Decoder, path: str) -> Array:
@@ -279,6 +298,7 @@ def greedy_responses(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(prompts))]
     tokens, lengths = _pad(tokenizer, encoded, multiple=_CONTEXT)
     end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None
     position, ended = lengths, np.zeros(len(prompts), bool)
     while not ended.all() and position.max() < _CONTEXT:
         following = np.asarray(_greedy_tokens(model, tokens, position - 1))

@@ -129,7 +129,7 @@ def head_gradient(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T H/2"]:
+def _rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]:
     return layers.rope_tables(config, length)
 
 
@@ -143,7 +143,7 @@ def _block_backward(
     block: Block,
     kept: BlockActivations,
     cotangent: Float[Array, "B T D"],
-    rope: Float[Array, "2 T H/2"],
+    rope: Float[Array, "2 T half"],
     window: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Factors]:
     """The cotangent of a block's input, and the factors of its four projections."""

@@ -136,7 +136,7 @@ def block_forward(
     config: DecoderConfig,
     block: Block,
     x: Float[Array, "B T D"],
-    rope: Float[Array, "2 T H/2"],
+    rope: Float[Array, "2 T half"],
     window: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], BlockActivations]:
     """One block: its output and the activations that its backward pass needs."""

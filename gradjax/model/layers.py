@@ -41,7 +41,7 @@ def rms_norm(
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Angular frequency of each pair of a head's dimensions, float32 [H/2].
+    """Angular frequency of each pair of a head's dimensions, float32 [half], half = H/2.
 
     With `rope_scaling` of Llama 3: long wavelengths are stretched by `factor`, short ones
     kept, those between interpolated (transformers, `_compute_llama3_parameters`).
@@ -60,14 +60,14 @@ def _scale_llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return (kept * frequencies + (1 - kept) * frequencies / scaling.factor).astype(np.float32)
 
 
-def rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T H/2"]:
+def rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]:
     """Cosines and sines of positions 0 … length-1, float32 as in transformers."""
     positions = jnp.arange(length, dtype=jnp.float32)
     angles = positions[:, None] * jnp.asarray(rope_frequencies(config))[None, :]
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
-def rotate(x: Float[Array, "B T N H"], rope: Float[Array, "2 T H/2"]) -> Float[Array, "B T N H"]:
+def rotate(x: Float[Array, "B T N H"], rope: Float[Array, "2 T half"]) -> Float[Array, "B T N H"]:
     """Rotary position embedding over the two halves of each head."""
     cos, sin = rope[:, None, :, None, :].astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
@@ -84,7 +84,7 @@ def attention(
     q: Float[Array, "B T Q"],
     k: Float[Array, "B T C"],
     v: Float[Array, "B T C"],
-    rope: Float[Array, "2 T H/2"],
+    rope: Float[Array, "2 T half"],
     window: Int[Array, ""],
 ) -> Float[Array, "B T Q"]:
     """Causal grouped-query attention between the projections q, k, v and the input of o.

@@ -46,8 +46,8 @@ def decomposer(
 
 def _sharing_inputs(projections: tuple[Projection, ...]) -> list[tuple[Projection, ...]]:
     """q, k and v have one input, o another."""
-    shared = tuple(projection for projection in projections if projection != "o")
-    own = tuple(projection for projection in projections if projection == "o")
+    shared: tuple[Projection, ...] = tuple(p for p in projections if p != "o")
+    own: tuple[Projection, ...] = ("o",) if "o" in projections else ()
     return [group for group in (shared, own) if group]
 
 

@@ -64,8 +64,11 @@ def form_gradients(
 @jax.jit
 def unit_scaled(gradients: Gradients) -> tuple[Gradients, dict[Projection, Float[Array, " B"]]]:
     """Gradients divided by each example's largest entry, and that divisor."""
-    pairs = {projection: _divide_by_largest(g) for projection, g in gradients.items()}
-    return {p: unit for p, (unit, _) in pairs.items()}, {p: s for p, (_, s) in pairs.items()}
+    units: Gradients = {}
+    scales: dict[Projection, Array] = {}
+    for projection, gradient in gradients.items():
+        units[projection], scales[projection] = _divide_by_largest(gradient)
+    return units, scales
 
 
 def _divide_by_largest(x: Float[Array, "B M N"]) -> tuple[Array, Float[Array, " B"]]:
