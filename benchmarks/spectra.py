@@ -31,7 +31,6 @@ WAYS = ("floor", "factored", "dense", "torch svdvals", "torch")
 flags.DEFINE_integer("tokens", 256, "of the one row, half of them targets")
 flags.DEFINE_integer("repeats", 3, "timed runs of each way, after one that is not timed")
 flags.DEFINE_list("shapes", ["a", "b"], "a: Qwen2.5-0.5B; b: two layers at 7B width")
-flags.DEFINE_list("ways", list(WAYS), "which ways to measure")
 flags.DEFINE_string("one", None, "SHAPE,WAY: measure this in this process, print JSON (internal)")
 
 
@@ -67,33 +66,17 @@ class Shape:
 
     def decoder(self) -> Any:
         """Random float32 weights of this shape in gradjax."""
-        from gradjax.model.config import DecoderConfig
+        from gradjax.model.config import qwen2_config
         from gradjax.model.decoder import random_decoder
 
-        head_dim = self.hidden // self.heads
-        config = DecoderConfig(
-            family="qwen2",
+        config = qwen2_config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             mlp_size=self.mlp,
             num_layers=self.layers,
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
-            head_dim=head_dim,
-            norm_eps=1e-6,
             rope_theta=1e6,
-            rope_scaling=None,
-            max_positions=4096,
-            tied_embeddings=True,
-            qkv_bias=True,
-            norm_offset=0.0,
-            post_norms=False,
-            embedding_scale=1.0,
-            query_scale=head_dim**-0.5,
-            activation="silu",
-            attention_softcap=None,
-            logits_softcap=None,
-            windows=(None,) * self.layers,
         )
         return random_decoder(config, seed=0)
 
@@ -235,7 +218,7 @@ def main(_: list[str]) -> None:
         print(f"({name}) {SHAPES[name].title}, T={values.tokens}, float32, one row")
         print(f"{'':14}{'seconds':>9}{'of floor':>10}{'torch /':>9}{'peak GiB':>10}")
         found = {}
-        for way in values.ways:
+        for way in WAYS:
             command = [sys.executable, "-m", "benchmarks.spectra", f"--one={name},{way}"]
             sizes = [f"--tokens={values.tokens}", f"--repeats={values.repeats}"]
             output = subprocess.run(command + sizes, stdout=subprocess.PIPE, check=True, text=True)

@@ -1,6 +1,7 @@
 """The public Python API: what `gradjax.main` itself is made of."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -37,11 +38,12 @@ def gradient_spectra(
       **settings: as the flags of `gradjax.main`: `prompt_format`, `max_length`, `truncation`,
         `target_tokens`, `spectrum`, `spectrum_route`, `layers`, `projections`, `similarity`.
 
-    Yields:
-      One result per row, unusable rows first (with a status and a reason), then batch by batch,
-      longest rows first; `result.tokenized.example.example_id` is the row's number. `loss` is in
-      nats per target token; each of `spectra` has singular values [min(T, O, I)] of the gradient
-      of that loss, and what sums them up. See structs.py.
+    Returns:
+      An iterator, computed as it is read: one result per row, unusable rows first (with a status
+      and a reason), then batch by batch, longest rows first;
+      `result.tokenized.example.example_id` is the row's number. `loss` is in nats per target
+      token; each of `spectra` has singular values [≤ min(T, O, I)] of the gradient of that loss,
+      and what sums them up. See structs.py.
 
     Raises:
       GradjaxError: for a fault of the model or the settings, never for one of a row.
@@ -56,11 +58,10 @@ def gradient_spectra(
         for number, row in enumerate(examples)
     ]
     check_vocabulary(tokenized, model.config)
-    for example in tokenized:
-        if example.status != "ok":
-            yield ExampleResult(example, example.status, example.reason)
-    for batch in compute_results(model.decoder, tokenized, spectra, batch_tokens):
-        yield from batch
+    spectra.layer_numbers(model.config.num_layers)
+    unusable = (ExampleResult(t, t.status, t.reason) for t in tokenized if t.status != "ok")
+    batches = compute_results(model.decoder, tokenized, spectra, batch_tokens)
+    return itertools.chain(unusable, itertools.chain.from_iterable(batches))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,4 +97,5 @@ def open_run(directory: str | Path) -> Run:
     Raises:
       GradjaxError: if the directory holds no run.
     """
-    return Run(Path(directory), read_manifest(Path(directory)))
+    directory = Path(directory).expanduser()
+    return Run(directory, read_manifest(directory))

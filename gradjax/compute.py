@@ -1,13 +1,13 @@
 """Tokenized examples -> results, batch by batch: the loop inside `gradient_spectra` and `main`."""
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 
 import jax
 
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchPlan, make_batch, plan_batches
-from gradjax.errors import GradjaxError
+from gradjax.device import device_memory
+from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.gradients.factored import activation_bytes
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
@@ -51,8 +51,9 @@ def compute_results(
         frozenset(finished),
     )
     itemsize = decoder.embedding.dtype.itemsize
-    with decomposer(resolved_route(config), config.projections, backend) as decompose:
-        for plan in plans:
+    for plan in plans:
+        # Entered for each batch: it holds BLAS to one thread, and callers work between batches.
+        with decomposer(resolved_route(config), config.projections, backend) as decompose:
             settings = SpectraSettings(
                 layers=layers,
                 projections=config.projections,
@@ -65,11 +66,11 @@ def compute_results(
                 rows = batch_spectra(decoder, make_batch(plan, tokenized), settings)
             except (jax.errors.JaxRuntimeError, MemoryError) as error:
                 raise _memory_fault(plan, error) from error
-            yield [
-                _result(tokenized[position], row)
-                for position, row in zip(plan.rows, rows, strict=True)
-                if position not in finished
-            ]
+        yield [
+            _result(tokenized[position], row)
+            for position, row in zip(plan.rows, rows, strict=True)
+            if position not in finished
+        ]
 
 
 def check_vocabulary(tokenized: Sequence[TokenizedExample], config: DecoderConfig) -> None:
@@ -127,12 +128,12 @@ def _result(tokenized: TokenizedExample, row: RowSpectra) -> ExampleResult:
 
 def _memory_fault(plan: BatchPlan, error: Exception) -> Exception:
     """What to do about a batch that does not fit; other faults of the device as they are."""
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+    if not out_of_memory(error):
         return error
     remedy = "--batch_tokens" if plan.size > 1 else "--max_length, or choose --dtype=bfloat16"
     return GradjaxError(
         f"a batch of {plan.size} rows of {plan.length} tokens does not fit the "
-        f"{_device_memory() / 2**30:.0f} GiB of this device; lower {remedy}"
+        f"{device_memory() / 2**30:.0f} GiB of this device; lower {remedy}"
     )
 
 
@@ -141,7 +142,7 @@ def _activations_fit(
 ) -> bool:
     tokens = plan.size * plan.length
     needed = tokens * activation_bytes(config, itemsize) * (config.num_layers - min(layers))
-    return needed <= _ACTIVATIONS_SHARE * _device_memory()
+    return needed <= _ACTIVATIONS_SHARE * device_memory()
 
 
 def _dense_chunk(config: DecoderConfig, plan: BatchPlan, itemsize: int) -> int:
@@ -149,7 +150,7 @@ def _dense_chunk(config: DecoderConfig, plan: BatchPlan, itemsize: int) -> int:
     scores = 4 * config.num_heads * plan.length * 4  # per token: float32, and its derivatives
     per_token = config.num_layers * (3 * activation_bytes(config, itemsize) + scores)
     per_token += 12 * config.vocab_size
-    fitting = int(_ACTIVATIONS_SHARE * _device_memory() / (per_token * plan.length))
+    fitting = int(_ACTIVATIONS_SHARE * device_memory() / (per_token * plan.length))
     return min(max(fitting, 1), plan.size)
 
 
@@ -161,12 +162,4 @@ def _most_rows(config: DecoderConfig, layers_held: int) -> int:
     """Examples whose whole float32 gradients of some layers fit their share of the memory."""
     table = block_parameters(config, layer=0)
     entries = sum(rows * columns for rows, columns in (table[p].shape(config) for p in "qkvo"))
-    return max(int(_GRADIENTS_SHARE * _device_memory() / (4 * entries * layers_held)), 1)
-
-
-def _device_memory() -> int:
-    """Bytes of one device's memory; the host's where the device is the CPU."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(int(_GRADIENTS_SHARE * device_memory() / (4 * entries * layers_held)), 1)

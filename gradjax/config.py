@@ -115,7 +115,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))
         if self.output_dir is not None:
-            object.__setattr__(self, "output_dir", Path(self.output_dir))
+            object.__setattr__(self, "output_dir", Path(self.output_dir).expanduser())
         _require_choice("dtype", self.dtype, get_args(Dtype))
         for name in ("limit", "batch_tokens"):
             _require_at_least(name, getattr(self, name), 1)

@@ -8,3 +8,8 @@ class GradjaxError(Exception):
     what was expected, and what to do. `main` prints it and exits with status 1.
     Problems of single rows are never raised: they become statuses in the store.
     """
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception of JAX or Python says that memory ran out."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

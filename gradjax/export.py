@@ -27,7 +27,7 @@ flags.DEFINE_string("group", None, "the group to export", required=True)
 flags.DEFINE_string("output", None, "the .jsonl file to write", required=True)
 
 # Examples whose singular values are held at once.
-_CHUNK = 256
+_CHUNK = 16
 
 
 def reference_rows(directory: Path, group: str) -> Iterator[dict[str, Any]]:
@@ -143,8 +143,8 @@ def export(directory: Path, group: str, output: Path) -> int:
 
 def main(_: list[str]) -> None:
     """Exports and says how many rows went where."""
-    output = Path(flags.FLAGS.output)
-    count = export(Path(flags.FLAGS.run), flags.FLAGS.group, output)
+    output = Path(flags.FLAGS.output).expanduser()
+    count = export(Path(flags.FLAGS.run).expanduser(), flags.FLAGS.group, output)
     print(f"{count} rows in {output}")
 
 

@@ -67,10 +67,10 @@ def main(_: list[str]) -> None:
     """Runs, then prints the table of groups and the store's path on standard output."""
     wanted = run_config()
     from gradjax.run import run  # JAX is loaded once the flags are known to be right
-    from gradjax.summary import format_table, group_means
+    from gradjax.summary import format_table, group_means, unused_rows
 
     directory = run(wanted)
-    print(format_table(group_means(directory)))
+    print("\n".join([format_table(group_means(directory)), *unused_rows(directory)]))
     print(f"\nThe store is in {directory}")
 
 

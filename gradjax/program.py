@@ -1,6 +1,7 @@
 """How each `python -m gradjax.*` starts and ends."""
 
 import logging as standard_logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,7 +20,11 @@ def start(main: Callable[[list[str]], None]) -> None:
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.INFO)
             # Libraries speak up only where something is wrong.
-            standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)
+            logging.get_absl_handler().python_handler.addFilter(
+                lambda record: record.name == "absl" or record.levelno >= standard_logging.WARNING
+            )
+            # transformers would say at import that it misses PyTorch, which gradjax does not use.
+            os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             if len(argv) > 1:
                 raise GradjaxError(f"unexpected argument {argv[1]!r}; expected flags only (--help)")
@@ -27,6 +32,9 @@ def start(main: Callable[[list[str]], None]) -> None:
         except GradjaxError as error:
             sys.exit(f"gradjax: {error}")
         except KeyboardInterrupt:
-            sys.exit("gradjax: stopped; finished work is kept, the same command goes on")
+            sys.exit(
+                "gradjax: stopped; finished work is kept, the same command goes on "
+                "(--overwrite would start anew)"
+            )
 
     app.run(guarded)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def run(config: RunConfig) -> Path:
     Raises:
       GradjaxError: for a fault of the run itself; rows finished before it stay.
     """
-    checkpoint = resolve(config.model)
+    checkpoint = resolve(config.model, weights=not config.random_init)
     decoder_config = read_config(checkpoint.directory)
     config.spectra.layer_numbers(decoder_config.num_layers)  # refused before anything is read
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -64,6 +65,15 @@ def run(config: RunConfig) -> Path:
 
     directory = Path(config.output_dir or f"runs/{checkpoint.name}")
     settings = number_settings(config, checkpoint, decoder_config, tokenizer)
+    load = partial(
+        load_weights,
+        checkpoint.directory,
+        config.dtype,
+        random_init=config.random_init,
+        seed=config.seed,
+    )
+    # A run is replaced only by one whose model is sound.
+    decoder = load() if config.overwrite else None
     with open_store(directory, settings, overwrite=config.overwrite) as store:
         finished = finished_positions(store, tokenized)
         store.write_manifest(manifest(config, settings, checkpoint, decoder_config, rows, store))
@@ -81,16 +91,13 @@ def run(config: RunConfig) -> Path:
             sum(t.status != "ok" for t in tokenized),
         )
         if left:
-            decoder = load_weights(
-                checkpoint.directory, config.dtype, random_init=config.random_init, seed=config.seed
-            )
             results = compute_results(
-                decoder, tokenized, config.spectra, config.batch_tokens, finished
+                decoder or load(), tokenized, config.spectra, config.batch_tokens, finished
             )
             for shard in shards(with_progress(results, left)):
                 store.append(shard, singular_values=config.store_singular_values)
         require_every_row(store, tokenized)
-    log_statuses(tokenized)
+    log_truncation(tokenized)
     return directory
 
 
@@ -190,15 +197,11 @@ def require_every_row(store: Store, tokenized: Sequence[TokenizedExample]) -> No
         )
 
 
-def log_statuses(tokenized: Sequence[TokenizedExample]) -> None:
-    """Says how many rows could not be used, by group and reason."""
-    counts = Counter((t.example.group, t.status) for t in tokenized if t.status != "ok")
-    for (group, status), count in counts.items():
-        logging.warning("%s: %d rows %s", group, count, status)
-    for group in {t.example.group: None for t in tokenized}:
-        cut = sum(t.truncated and t.status == "ok" for t in tokenized if t.example.group == group)
-        if cut:
-            logging.warning("%s: %d rows cut at --max_length", group, cut)
+def log_truncation(tokenized: Sequence[TokenizedExample]) -> None:
+    """Says how many rows of each group were cut: their spectra are of a part of the response."""
+    cut = Counter(t.example.group for t in tokenized if t.truncated and t.status == "ok")
+    for group, count in cut.items():
+        logging.warning("%s: %d rows cut at --max_length", group, count)
 
 
 def number_settings(

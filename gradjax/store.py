@@ -160,8 +160,8 @@ def open_store(
     except OSError as error:
         raise _disk_fault(directory, error) from error
     with lock:
-        _take(lock, directory)
         try:
+            _take(lock, directory)
             manifest = _prepare(directory, settings, overwrite)
             finished = _finished(directory)
         except OSError as error:

@@ -34,6 +34,13 @@ def group_means(directory: Path) -> pd.DataFrame:
     return table
 
 
+def unused_rows(directory: Path) -> list[str]:
+    """One line per group and status other than `ok`: how many rows have it."""
+    examples = read_table(directory, "examples", ["group", "status"]).to_pandas()
+    counts = examples[examples.status != "ok"].value_counts(sort=False).sort_index()
+    return [f"{group}: {count} rows {status}" for (group, status), count in counts.items()]
+
+
 def format_table(table: pd.DataFrame) -> str:
     """`group_means` for a terminal: two header lines, one line per group."""
     heads = [(_NUMBERS.get(measure) or str(measure), part) for measure, part in table.columns]

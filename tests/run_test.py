@@ -1,6 +1,7 @@
 """Whole runs of the embedded model: every row accounted for, whatever happens to the process."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -8,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 import gradjax
@@ -23,7 +26,8 @@ from gradjax.demo.problems import demo_rows
 from gradjax.errors import GradjaxError
 from gradjax.run import run
 from gradjax.store import TABLES, open_store, read_table
-from gradjax.summary import format_table, group_means
+from gradjax.structs import Example, ExampleResult, Similarity, Spectrum, TokenizedExample
+from gradjax.summary import format_table, group_means, unused_rows
 
 pytestmark = pytest.mark.smoke
 
@@ -159,6 +163,88 @@ def test_full_disk_stops_clearly_and_the_run_goes_on_later(uninterrupted, tmp_pa
     pd.testing.assert_series_equal(
         frames["examples"]["row_hash"], tables(expected)["examples"]["row_hash"]
     )
+
+
+@pytest.mark.parametrize("moment", range(2, 11, 2))
+def test_killed_between_any_two_files(moment, uninterrupted, tmp_path):
+    """The process ends after its `moment`-th file is in place: tables of one shard disagree."""
+    expected, _ = uninterrupted
+    directory = tmp_path / "run"
+    settings = json.loads((expected / "run.json").read_text())["settings"]
+    results = stored_results(expected)
+    with pytest.raises(KeyboardInterrupt), open_store(directory, settings) as store:
+        place, placed = store._placed, []
+
+        @contextmanager
+        def until_killed(target):
+            with place(target) as path:
+                yield path
+            placed.append(target)
+            if len(placed) == moment:
+                raise KeyboardInterrupt
+
+        store._placed = until_killed
+        store.write_manifest({"settings": settings, "data": {}})
+        for first in range(0, 36, 12):
+            store.append(results[first : first + 12])
+    with open_store(directory, settings) as store:
+        keys = set(store.finished)
+        assert len(keys) in (0, 12, 24, 36)
+        for table in TABLES:
+            frame = read_table(directory, table).to_pandas()
+            assert set(zip(frame.group, frame.example_id, strict=True)) == keys
+        left = [r for r in results if _key(r) not in keys]
+        store.append(left)
+    for table, frame in tables(directory).items():
+        pd.testing.assert_frame_equal(frame, tables(expected)[table], check_exact=True)
+
+
+def _key(result):
+    return result.tokenized.example.group, result.tokenized.example.example_id
+
+
+def stored_results(directory: Path) -> list[ExampleResult]:
+    """A store's rows as the results they were written from."""
+    frames = {table: read_table(directory, table).to_pylist() for table in TABLES}
+    parts: dict = {}
+    for table, kind in (("spectra", Spectrum), ("similarity", Similarity)):
+        for row in frames[table]:
+            key = row.pop("group"), row.pop("example_id")
+            if "singular_values" in row:
+                row["singular_values"] = np.array(row["singular_values"], np.float32)
+            parts.setdefault((table, key), []).append(kind(**row))
+    results = []
+    for row in frames["examples"]:
+        key = row["group"], row["example_id"]
+        texts = row["instruction"], row["output"]
+        example = Example(*key, row["row_hash"], *texts)
+        tokens, targets = row["num_tokens"], row["num_target_tokens"]
+        tokenized = TokenizedExample(
+            example, np.zeros(tokens, np.int32), np.arange(tokens) < targets, row["truncated"]
+        )
+        rest = tuple(parts["spectra", key]), tuple(parts["similarity", key])
+        results.append(ExampleResult(tokenized, row["status"], "", row["loss"], *rest))
+    return results
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_disk_without_space(table, tmp_path, monkeypatch):
+    """Each table in turn finds the disk full; what was written of the shard does not count."""
+    write = pq.write_table
+
+    def fail(data, path, **options):
+        if data.schema.equals(TABLES[table]):
+            Path(path).write_bytes(b"PAR1 half a shard")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(data, path, **options)
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", fail)
+    with pytest.raises(GradjaxError, match="the disk is full .* run the same command again"):
+        run(config(tmp_path / "run", limit=1))
+    monkeypatch.undo()
+    frames = tables(run(config(tmp_path / "run", limit=1)))
+    assert len(frames["examples"]) == 3
+    assert len(frames["spectra"]) == 3 * 2 * 4
 
 
 def test_second_writer_is_refused(tmp_path):
@@ -297,6 +383,9 @@ def test_numbers_that_overflow_are_not_finite(tmp_path, monkeypatch):
     assert set(frames["examples"].status) == {"non_finite"}
     assert frames["examples"].loss.isna().all()
     assert frames["spectra"].empty
+    assert unused_rows(directory) == [
+        f"{group}: 1 rows non_finite" for group in ("corrupted", "fast", "slow")
+    ]
 
 
 def test_dense_equals_factored(tmp_path):
@@ -366,6 +455,44 @@ def test_batch_that_does_not_fit(error, message, tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "batch_spectra", fail)
     with pytest.raises((GradjaxError, jax.errors.JaxRuntimeError), match=message):
         run(config(tmp_path / "run"))
+
+
+def test_one_example_is_logged_with_its_target_tokens_marked(uninterrupted, tmp_path):
+    process = start(tmp_path / "run", "--limit=1")
+    _, errors = process.communicate()
+    row = demo_rows("slow")[0]
+    assert f"{row['instruction']}\\n⟦{row['output']}⟧" in errors
+    assert "tpu" not in errors.lower()  # libraries' own lines stay out
+
+
+def test_model_that_does_not_fit(monkeypatch):
+    from gradjax.model import pretrained
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
+
+    monkeypatch.setattr(pretrained, "load_decoder", fail)
+    with pytest.raises(GradjaxError, match=r"need 0\.0 GiB in float32.*--dtype=bfloat16"):
+        gradjax.load_model("demo")
+
+
+def test_store_that_lacks_rows_is_not_a_success(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "compute_results", lambda *_: iter([]))
+    with pytest.raises(GradjaxError, match="lacks 15 of 15 rows although the run has ended"):
+        run(config(tmp_path / "run"))
+
+
+def test_broken_model_does_not_cost_the_run_that_it_was_to_replace(tmp_path, monkeypatch):
+    directory = run(config(tmp_path / "run", limit=1))
+    before = tables(directory)
+
+    def fail(*_, **__):
+        raise GradjaxError("truncated")
+
+    monkeypatch.setattr(run_module, "load_weights", fail)
+    with pytest.raises(GradjaxError, match="truncated"):
+        run(config(tmp_path / "run", limit=1, overwrite=True))
+    pd.testing.assert_frame_equal(tables(directory)["spectra"], before["spectra"])
 
 
 def test_token_beyond_the_vocabulary(tmp_path, monkeypatch):

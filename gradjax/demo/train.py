@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from gradjax.demo.problems import answer_of, random_problem
 from gradjax.demo.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from gradjax.errors import GradjaxError
-from gradjax.model.config import DecoderConfig
+from gradjax.model.config import DecoderConfig, qwen2_config
 from gradjax.model.decoder import Decoder, logits, random_decoder
 from gradjax.model.hf_config import read_config
 from gradjax.model.loading import load_decoder
@@ -65,30 +65,14 @@ class Recipe:
 
     def decoder_config(self, vocab_size: int) -> DecoderConfig:
         """The model, of Qwen2.5's architecture."""
-        head_dim = self.hidden_size // self.num_heads
-        return DecoderConfig(
-            family="qwen2",
+        return qwen2_config(
             vocab_size=vocab_size,
             hidden_size=self.hidden_size,
             mlp_size=self.mlp_size,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            head_dim=head_dim,
-            norm_eps=1e-6,
             rope_theta=10_000.0,
-            rope_scaling=None,
-            max_positions=4096,
-            tied_embeddings=True,
-            qkv_bias=True,
-            norm_offset=0.0,
-            post_norms=False,
-            embedding_scale=1.0,
-            query_scale=head_dim**-0.5,
-            activation="silu",
-            attention_softcap=None,
-            logits_softcap=None,
-            windows=(None,) * self.num_layers,
         )
 
     def optimizer(self) -> optax.GradientTransformation:

@@ -43,3 +43,41 @@ class DecoderConfig:
     attention_softcap: float | None
     logits_softcap: float | None
     windows: tuple[int | None, ...]  # [L] tokens that a layer's attention sees; None: all
+
+
+def qwen2_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    mlp_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    rope_theta: float,
+) -> DecoderConfig:
+    """A Qwen2.5 decoder of given sizes with tied embeddings, for models made here."""
+    head_dim = hidden_size // num_heads
+    return DecoderConfig(
+        family="qwen2",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        mlp_size=mlp_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        norm_eps=1e-6,
+        rope_theta=rope_theta,
+        rope_scaling=None,
+        max_positions=4096,
+        tied_embeddings=True,
+        qkv_bias=True,
+        norm_offset=0.0,
+        post_norms=False,
+        embedding_scale=1.0,
+        query_scale=head_dim**-0.5,
+        activation="silu",
+        attention_softcap=None,
+        logits_softcap=None,
+        windows=(None,) * num_layers,
+    )

@@ -1,16 +1,21 @@
 """A checkpoint's decoder and tokenizer, together: what `gradjax.load_model` returns."""
 
 import dataclasses
+import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from absl import logging
 from transformers import PreTrainedTokenizerFast
 
+from gradjax.device import device_memory
+from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder, random_decoder
 from gradjax.model.hf_config import read_config
 from gradjax.model.loading import load_decoder, weights_hash
+from gradjax.model.parameters import all_parameters
 from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 
 
@@ -43,7 +48,7 @@ def load_model(
       GradjaxError: if there is no such model, or its files are not what a Qwen2.5, Llama 3 or
         Gemma 2 checkpoint holds; the message names the file, key or tensor.
     """
-    checkpoint = resolve(model)
+    checkpoint = resolve(model, weights=not random_init)
     tokenizer = load_tokenizer(checkpoint.directory)
     return Model(
         load_weights(checkpoint.directory, dtype, random_init=random_init, seed=seed), tokenizer
@@ -51,12 +56,27 @@ def load_model(
 
 
 def load_weights(directory: Path, dtype: str, *, random_init: bool, seed: int) -> Decoder:
-    """A local checkpoint's decoder in `dtype`, or fresh weights of its shape."""
+    """A local checkpoint's decoder in `dtype`, or fresh weights of its shape.
+
+    Raises:
+      GradjaxError: as `load_decoder`, or if the weights do not fit the memory.
+    """
     config = read_config(directory)
-    if random_init:
-        logging.info("Fresh weights of the shape of %s, seed %d", directory, seed)
-        return random_decoder(config, seed, jnp.dtype(dtype))
-    return load_decoder(directory, config, jnp.dtype(dtype))
+    try:
+        if random_init:
+            logging.info("Fresh weights of the shape of %s, seed %d", directory, seed)
+            return random_decoder(config, seed, jnp.dtype(dtype))
+        return load_decoder(directory, config, jnp.dtype(dtype))
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        entries = sum(math.prod(p.shape(config)) for p in all_parameters(config).values())
+        needed = entries * jnp.dtype(dtype).itemsize / 2**30
+        raise GradjaxError(
+            f"the weights of {directory} need {needed:.1f} GiB "
+            f"in {dtype}, and this device has {device_memory() / 2**30:.1f} GiB; use "
+            "--dtype=bfloat16, a smaller model or a larger device"
+        ) from error
 
 
 def identity(checkpoint: Checkpoint) -> str:

@@ -40,7 +40,8 @@ REGISTRY: dict[str, str] = _BASE_MODELS | {
 }
 
 # What a model is made of here: no pickles, no code, no second copy in another format.
-_HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
+_HUB_FILES = ["*.json", "*.jinja"]
+_HUB_WEIGHTS = "model*.safetensors"
 _TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -54,11 +55,12 @@ class Checkpoint:
     revision: str | None  # the Hub's commit hash; None for a local directory
 
 
-def resolve(model: str) -> Checkpoint:
+def resolve(model: str, *, weights: bool = True) -> Checkpoint:
     """The checkpoint that `--model` names, downloaded where it has to be.
 
     `model` is a registered name, else an existing directory, else a Hub repo `org/name`.
-    A Hub repo's cached copy is used where the Hub cannot be reached.
+    A Hub repo's cached copy is used where the Hub cannot be reached. Without `weights` only
+    the config and the tokenizer are downloaded.
 
     Raises GradjaxError for an unknown name, and for a repo that is missing, gated, or
     neither reachable nor cached.
@@ -66,13 +68,13 @@ def resolve(model: str) -> Checkpoint:
     if model == DEMO:
         return Checkpoint(DEMO, _DEMO_DIRECTORY, DEMO, None)
     if model in REGISTRY:
-        return _from_hub(model, REGISTRY[model])
+        return _from_hub(model, REGISTRY[model], weights)
     directory = Path(model).expanduser()
     if model and directory.is_dir():
         path = directory.resolve()
         return Checkpoint(_folder_name(path.name), path, str(path), None)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        return _from_hub(_folder_name(model), model)
+        return _from_hub(_folder_name(model), model, weights)
     raise _unknown(model)
 
 
@@ -106,10 +108,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _from_hub(name: str, repo: str) -> Checkpoint:
+def _from_hub(name: str, repo: str, weights: bool) -> Checkpoint:
     page = f"https://huggingface.co/{repo}"
+    files = [*_HUB_FILES, *([_HUB_WEIGHTS] if weights else [])]
     try:
-        directory = Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        directory = Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError as error:
         raise GradjaxError(
             f"--model={repo} is gated: accept its licence on {page} and put a token of that "

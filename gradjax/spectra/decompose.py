@@ -64,7 +64,13 @@ def _on_host(
         deltas = [np.asarray(factors.of(p)[1])[row, :length] for p in group]
         if not all(np.isfinite(array).all() for array in (x, *deltas)):
             return [np.full(1, np.nan)] * len(group)
-        return factor_singular_values(np, route, x, deltas)
+        values: list[np.ndarray] = [x] * len(group)
+        for tokens, members in _by_contributing_tokens(deltas):
+            some = [deltas[member][tokens] for member in members]
+            found = factor_singular_values(np, route, x[tokens], some)
+            for member, member_values in zip(members, found, strict=True):
+                values[member] = member_values
+        return values
 
     futures = {
         (group, row): pool.submit(work, group, row)
@@ -80,6 +86,23 @@ def _on_host(
         return values
 
     return wait
+
+
+def _by_contributing_tokens(
+    deltas: list[np.ndarray],
+) -> list[tuple[np.ndarray, list[int]]]:
+    """The deltas that share the tokens with a gradient, and those tokens' positions.
+
+    In the last layer only tokens before a target reach q and o. A token without a gradient adds
+    nothing to G but a row to the core, and with it rounding noise in the tail of the spectrum.
+    """
+    groups: dict[bytes, tuple[np.ndarray, list[int]]] = {}
+    for member, delta in enumerate(deltas):
+        tokens = np.flatnonzero(np.abs(delta).max(axis=1))
+        if not len(tokens):
+            tokens = np.zeros(1, np.intp)  # a zero gradient keeps one
+        groups.setdefault(tokens.tobytes(), (tokens, []))[1].append(member)
+    return list(groups.values())
 
 
 @partial(jax.jit, static_argnums=(0, 1))

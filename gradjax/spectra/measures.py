@@ -57,7 +57,7 @@ def form_gradients(
     for projection in projections:
         x, delta = factors.of(projection)
         unit, scales[projection] = _divide_by_largest(delta)
-        gradients[projection] = einsum("bto,bti->boi", unit, x, preferred_element_type=jnp.float32)
+        gradients[projection] = einsum("bto,bti->boi", unit, x.astype(jnp.float32))
     return gradients, scales
 
 
@@ -72,8 +72,9 @@ def unit_scaled(gradients: Gradients) -> tuple[Gradients, dict[Projection, Float
 
 
 def _divide_by_largest(x: Float[Array, "B M N"]) -> tuple[Array, Float[Array, " B"]]:
+    x = x.astype(jnp.float32)  # a quotient in bfloat16 would be rounded a second time
     largest = jnp.abs(x).max(axis=(1, 2))
-    return x / jnp.where(largest > 0, largest, 1)[:, None, None], largest.astype(jnp.float32)
+    return x / jnp.where(largest > 0, largest, 1)[:, None, None], largest
 
 
 @jax.jit
@@ -96,7 +97,7 @@ def cosine(a: Float[Array, "B O I"], b: Float[Array, "B ..."]) -> Float[Array, "
     NaN where either is zero.
     """
     b = b.reshape(a.shape)
-    return _inner(a, b) / jnp.sqrt(_inner(a, a) * _inner(b, b))
+    return _inner(a, b) / (jnp.sqrt(_inner(a, a)) * jnp.sqrt(_inner(b, b)))
 
 
 def _inner(a: Float[Array, "B O I"], b: Float[Array, "B O I"]) -> Float[Array, " B"]:

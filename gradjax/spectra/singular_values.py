@@ -8,8 +8,6 @@ deadlock there on batched decompositions), `jax.numpy` on the device elsewhere.
 
 from typing import Any, Literal
 
-import numpy as np
-
 Route = Literal["gram", "qr"]
 
 # Relative shift that keeps the Cholesky factorization of a rank-deficient Gram matrix
@@ -44,7 +42,7 @@ def _gram_route(xp: Any, x: Any, deltas: list[Any]) -> list[Any]:
         delta = delta.astype(xp.float64)
         if tokens <= min(inputs, delta.shape[-1]):
             if factor is None:
-                factor = _shifted_cholesky(xp, x @ _transpose(xp, x))
+                factor = _cholesky(xp, x @ _transpose(xp, x))
             core = _transpose(xp, factor) @ (delta @ _transpose(xp, delta)) @ factor
         else:
             gradient = _transpose(xp, delta) @ x
@@ -56,11 +54,12 @@ def _gram_route(xp: Any, x: Any, deltas: list[Any]) -> list[Any]:
     return results
 
 
-def _shifted_cholesky(xp: Any, gram: Any) -> Any:
+def _cholesky(xp: Any, gram: Any) -> Any:
+    """The factor of a Gram matrix, shifted; zero for a zero matrix (no attention output)."""
     trace = xp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    # The smallest float keeps an all-zero input (no attention output at all) factorizable.
-    shift = xp.maximum(_GRAM_SHIFT * trace, np.finfo(np.float64).tiny)
-    return xp.linalg.cholesky(gram + shift * xp.eye(gram.shape[-1], dtype=gram.dtype))
+    shift = xp.where(trace > 0, _GRAM_SHIFT * trace, 1.0)
+    factor = xp.linalg.cholesky(gram + shift * xp.eye(gram.shape[-1], dtype=gram.dtype))
+    return xp.where(trace > 0, factor, 0.0)
 
 
 def _qr_route(xp: Any, x: Any, deltas: list[Any]) -> list[Any]:
