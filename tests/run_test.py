@@ -172,8 +172,24 @@ def test_killed_between_any_two_files(moment, uninterrupted, tmp_path):
     directory = tmp_path / "run"
     settings = json.loads((expected / "run.json").read_text())["settings"]
     results = stored_results(expected)
-    with pytest.raises(KeyboardInterrupt), open_store(directory, settings) as store:
-        place, placed = store._placed, []
+    with pytest.raises(KeyboardInterrupt):
+        append_until_killed(directory, settings, results, moment)
+    with open_store(directory, settings) as store:
+        keys = set(store.finished)
+        assert len(keys) in (0, 12, 24, 36)
+        for table in TABLES:
+            frame = read_table(directory, table).to_pandas()
+            assert set(zip(frame.group, frame.example_id, strict=True)) == keys
+        left = [r for r in results if _key(r) not in keys]
+        store.append(left)
+    for table, frame in tables(directory).items():
+        pd.testing.assert_frame_equal(frame, tables(expected)[table], check_exact=True)
+
+
+def append_until_killed(directory, settings, results, moment):
+    placed = []
+    with open_store(directory, settings) as store:
+        place = store._placed
 
         @contextmanager
         def until_killed(target):
@@ -187,16 +203,6 @@ def test_killed_between_any_two_files(moment, uninterrupted, tmp_path):
         store.write_manifest({"settings": settings, "data": {}})
         for first in range(0, 36, 12):
             store.append(results[first : first + 12])
-    with open_store(directory, settings) as store:
-        keys = set(store.finished)
-        assert len(keys) in (0, 12, 24, 36)
-        for table in TABLES:
-            frame = read_table(directory, table).to_pandas()
-            assert set(zip(frame.group, frame.example_id, strict=True)) == keys
-        left = [r for r in results if _key(r) not in keys]
-        store.append(left)
-    for table, frame in tables(directory).items():
-        pd.testing.assert_frame_equal(frame, tables(expected)[table], check_exact=True)
 
 
 def _key(result):
@@ -239,7 +245,7 @@ def test_disk_without_space(table, tmp_path, monkeypatch):
         write(data, path, **options)
 
     monkeypatch.setattr("pyarrow.parquet.write_table", fail)
-    with pytest.raises(GradjaxError, match="the disk is full .* run the same command again"):
+    with pytest.raises(GradjaxError, match=r"the disk is full .* run the same command again"):
         run(config(tmp_path / "run", limit=1))
     monkeypatch.undo()
     frames = tables(run(config(tmp_path / "run", limit=1)))
