@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import app, logging
 
 from gradjax.errors import GradjaxError
 
@@ -17,14 +17,12 @@ def start(main: Callable[[list[str]], None]) -> None:
     """
 
     def guarded(argv: list[str]) -> None:
-        if flags.FLAGS["verbosity"].using_default_value:
-            logging.set_verbosity(logging.INFO)
-            # Libraries speak up only where something is wrong.
-            logging.get_absl_handler().python_handler.addFilter(
-                lambda record: record.name == "absl" or record.levelno >= standard_logging.WARNING
-            )
-            # transformers would say at import that it misses PyTorch, which gradjax does not use.
-            os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        # Libraries speak up only where something is wrong.
+        logging.get_absl_handler().python_handler.addFilter(
+            lambda record: record.name == "absl" or record.levelno >= standard_logging.WARNING
+        )
+        # transformers would say at import that it misses PyTorch, which gradjax does not use.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             if len(argv) > 1:
                 raise GradjaxError(f"unexpected argument {argv[1]!r}; expected flags only (--help)")

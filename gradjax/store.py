@@ -155,6 +155,7 @@ def open_store(
         the settings differ (each is named), or if it cannot be written.
     """
     try:
+        _require_run_or_nothing(directory)
         (directory / ".tmp").mkdir(parents=True, exist_ok=True)
         lock = (directory / ".tmp" / "lock").open("a+")
     except OSError as error:
@@ -205,6 +206,19 @@ def read_table(
     return ds.dataset(shards, schema=TABLES[table], format="parquet").to_table(columns, where)
 
 
+def _require_run_or_nothing(directory: Path) -> None:
+    """Raises GradjaxError where a directory holds anything but a run; leaves it untouched."""
+    if (directory / MANIFEST).exists() or not directory.exists():
+        return
+    strangers = sorted(p.name for p in directory.iterdir() if p.name not in (".tmp", *TABLES))
+    if strangers or any(_shards(directory, table) for table in TABLES):
+        raise GradjaxError(
+            f"{directory} is not empty and not a gradjax run (found "
+            f"{', '.join(strangers[:3]) or 'tables without ' + MANIFEST}); give an empty or "
+            "new directory with --output_dir"
+        )
+
+
 def _take(lock: Any, directory: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,21 +236,14 @@ def _take(lock: Any, directory: Path) -> None:
 def _prepare(directory: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """Leaves only finished shards; returns the manifest of the run that is there, if any."""
     manifest: dict[str, Any] = {}
-    if not (directory / MANIFEST).exists():
-        strangers = sorted(p.name for p in directory.iterdir() if p.name not in (".tmp", *TABLES))
-        if strangers or any(_shards(directory, table) for table in TABLES):
-            raise GradjaxError(
-                f"{directory} is not empty and not a gradjax run (found "
-                f"{', '.join(strangers[:3]) or 'tables without ' + MANIFEST}); give an empty or "
-                "new directory with --output_dir"
-            )
-    elif overwrite:
-        for table in TABLES:
-            shutil.rmtree(directory / table, ignore_errors=True)
-        (directory / MANIFEST).unlink()
-    else:
-        manifest = read_manifest(directory)
-        _require_same(directory, settings, manifest.get("settings", {}))
+    if (directory / MANIFEST).exists():
+        if overwrite:
+            for table in TABLES:
+                shutil.rmtree(directory / table, ignore_errors=True)
+            (directory / MANIFEST).unlink()
+        else:
+            manifest = read_manifest(directory)
+            _require_same(directory, settings, manifest.get("settings", {}))
 
     for leftover in (directory / ".tmp").iterdir():
         if leftover.name != "lock":

@@ -436,6 +436,7 @@ def test_directory_with_other_files_is_left_alone(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(GradjaxError, match=r"not a gradjax run \(found thesis.tex\)"):
             run(config(tmp_path, limit=1, overwrite=overwrite))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -464,7 +465,8 @@ def test_batch_that_does_not_fit(error, message, tmp_path, monkeypatch):
 
 
 def test_one_example_is_logged_with_its_target_tokens_marked(uninterrupted, tmp_path):
-    process = start(tmp_path / "run", "--limit=1")
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    process = start(tmp_path / "run", "--limit=1", env=environment)
     _, errors = process.communicate()
     row = demo_rows("slow")[0]
     assert f"{row['instruction']}\\n⟦{row['output']}⟧" in errors
