@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -40,6 +39,10 @@ from gradjax import main, program, run
 run._FLUSH_SECONDS = 0
 program.start(main.main)
 """
+SMALL_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
+"""
 FLAGS = ("--limit=12", "--batch_tokens=128", "--layers=2-3")
 
 
@@ -48,8 +51,8 @@ def config(output_dir: Path, **changes) -> RunConfig:
     return RunConfig(**{**defaults, **changes})
 
 
-def start(output_dir: Path, *flags: str, **options) -> subprocess.Popen:
-    command = [sys.executable, "-c", MAIN, f"--output_dir={output_dir}", *FLAGS, *flags]
+def start(output_dir: Path, *flags: str, code: str = MAIN, **options) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, f"--output_dir={output_dir}", *FLAGS, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **options)
 
@@ -146,10 +149,7 @@ def test_full_disk_stops_clearly_and_the_run_goes_on_later(uninterrupted, tmp_pa
     expected, _ = uninterrupted
     directory = tmp_path / "run"
 
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
-
-    process = start(directory, "--batch_tokens=1024", preexec_fn=small_files)
+    process = start(directory, "--batch_tokens=1024", code=SMALL_FILES + MAIN)
     output, errors = process.communicate()
     assert process.returncode == 1
     assert output == ""
