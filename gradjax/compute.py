@@ -34,13 +34,13 @@ def compute_results(
 ) -> Iterator[list[ExampleResult]]:
     """Results of the `ok` examples, one list per batch, in the order they are computed.
 
-    Raises:
-      GradjaxError: if a batch does not fit the device's memory.
-
     Args:
       tokenized: all examples of a run, so that one taken up again has the same batches.
       batch_tokens: padded tokens per batch; by backend if None.
       finished: positions in `tokenized` that are left out.
+
+    Raises:
+      GradjaxError: if a batch does not fit the device's memory.
     """
     backend = jax.default_backend()
     layers = config.layer_numbers(decoder.config.num_layers)
