@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gradjax.model import decoder, layers
+from gradjax.model.attention import attention_backward
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Block, BlockActivations, Decoder
 from gradjax.structs import Factors
@@ -74,9 +75,9 @@ def attention_gradients(
 
 def activation_bytes(config: DecoderConfig, itemsize: int) -> int:
     """Bytes of `BlockActivations` per token and block."""
-    heads = config.num_heads + 2 * config.num_kv_heads
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
     width = 4 * config.hidden_size + heads * config.head_dim + 2 * config.mlp_size
-    return width * itemsize
+    return width * itemsize + 4 * config.num_heads
 
 
 @partial(jax.jit, static_argnums=0)
@@ -162,9 +163,9 @@ def _block_backward(
     cotangent += norm_vjp(hidden)[0]
 
     o = through_post_norm(kept.attention_out, "attention_post_norm", cotangent)
-    attend = partial(layers.attention, config, rope=rope, window=window)
-    attended, attention_vjp = jax.vjp(lambda q, k, v: attend(q, k, v), kept.q, kept.k, kept.v)
-    q, k, v = attention_vjp(layers.linear_transpose(o, block.o[...]))
+    attended, heads = kept.attended, (kept.q, kept.k, kept.v)
+    from_o = layers.linear_transpose(o, block.o[...])
+    q, k, v = attention_backward(config, *heads, rope, window, attended, kept.log_sums, from_o)
     hidden = layers.linear_transpose(q, block.q[...])
     hidden += layers.linear_transpose(k, block.k[...])
     hidden += layers.linear_transpose(v, block.v[...])

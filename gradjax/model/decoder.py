@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gradjax.model import layers
+from gradjax.model.attention import attention_forward
 from gradjax.model.config import DecoderConfig
 from gradjax.model.parameters import (
     Parameter,
@@ -103,6 +104,8 @@ class BlockActivations:
     q: Float[Array, "B T Q"]
     k: Float[Array, "B T C"]
     v: Float[Array, "B T C"]
+    attended: Float[Array, "B T Q"]  # the input of o
+    log_sums: Float[Array, "B T N"]  # of the softmax, float32
     attention_out: Float[Array, "B T D"]  # output of o, before any post-norm
     middle: Float[Array, "B T D"]  # the stream between attention and MLP
     gate: Float[Array, "B T F"]
@@ -144,7 +147,7 @@ def block_forward(
     q, k, v = (
         layers.linear(h, getattr(block, name)[...]) + bias(config, block, name) for name in "qkv"
     )
-    attended = layers.attention(config, q, k, v, rope, window)
+    attended, log_sums = attention_forward(config, q, k, v, rope, window)
     attention_out = layers.linear(attended, block.o[...])
     middle = x + post_norm(config, attention_out, block, "attention_post_norm")
 
@@ -152,7 +155,10 @@ def block_forward(
     gate, up = layers.linear(h, block.gate[...]), layers.linear(h, block.up[...])
     mlp_out = layers.linear(layers.gated(config, gate, up), block.down[...])
     out = middle + post_norm(config, mlp_out, block, "mlp_post_norm")
-    return out, BlockActivations(x, q, k, v, attention_out, middle, gate, up, mlp_out)
+    kept = BlockActivations(
+        x, q, k, v, attended, log_sums, attention_out, middle, gate, up, mlp_out
+    )
+    return out, kept
 
 
 def hidden_states(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

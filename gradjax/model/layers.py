@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gradjax.model.config import DecoderConfig, RopeScaling
 
@@ -77,34 +77,6 @@ def rotate(x: Float[Array, "B T N H"], rope: Float[Array, "2 T half"]) -> Float[
 def soft_cap(x: Array, cap: float | None) -> Array:
     """`cap · tanh(x / cap)`, or x where there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def attention(
-    config: DecoderConfig,
-    q: Float[Array, "B T Q"],
-    k: Float[Array, "B T C"],
-    v: Float[Array, "B T C"],
-    rope: Float[Array, "2 T half"],
-    window: Int[Array, ""],
-) -> Float[Array, "B T Q"]:
-    """Causal grouped-query attention between the projections q, k, v and the input of o.
-
-    A token sees itself and the `window - 1` tokens before it. Scores and softmax are
-    float32.
-    """
-    batch, length, _ = q.shape
-    heads = (batch, length, config.num_kv_heads, -1, config.head_dim)
-    q = rotate(q.reshape(batch, length, config.num_heads, config.head_dim), rope).reshape(heads)
-    k = rotate(k.reshape(batch, length, config.num_kv_heads, config.head_dim), rope)
-    v = v.reshape(batch, length, config.num_kv_heads, config.head_dim)
-
-    scores = einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * config.query_scale, config.attention_softcap)
-    distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    visible = (distance >= 0) & (distance < window)
-    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, -1)
 
 
 def gated(
