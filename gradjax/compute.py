@@ -1,8 +1,12 @@
 """Tokenized examples -> results, batch by batch: the loop inside `gradient_spectra` and `main`."""
 
-from collections.abc import Collection, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import jax
+from jax.sharding import Mesh
 
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchPlan, make_batch, plan_batches
@@ -12,8 +16,9 @@ from gradjax.gradients.factored import activation_bytes
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
 from gradjax.model.parameters import block_parameters
+from gradjax.sharding import DATA
 from gradjax.spectra.batch import RowSpectra, SpectraSettings, batch_spectra
-from gradjax.spectra.decompose import decomposer, default_route
+from gradjax.spectra.decompose import Decompose, decomposer, decomposes_on_host, default_route
 from gradjax.spectra.singular_values import Route
 from gradjax.structs import ExampleResult, TokenizedExample
 
@@ -25,52 +30,76 @@ _ACTIVATIONS_SHARE = 0.25
 _GRADIENTS_SHARE = 0.15
 
 
+def plan_rows(
+    tokenized: Sequence[TokenizedExample],
+    config: SpectraConfig,
+    model: DecoderConfig,
+    batch_tokens: int | None = None,
+    devices: int = 1,
+) -> list[BatchPlan]:
+    """Batches of the `ok` examples; plans hold positions in `tokenized`.
+
+    Args:
+      batch_tokens: padded tokens per batch and device; by backend if None.
+      devices: each has its share of a batch's examples.
+    """
+    usable = [i for i, t in enumerate(tokenized) if t.status == "ok"]
+    return _plan_positions(usable, tokenized, config, model, batch_tokens, devices)
+
+
 def compute_results(
     decoder: Decoder,
     tokenized: Sequence[TokenizedExample],
     config: SpectraConfig,
     batch_tokens: int | None = None,
     finished: Collection[int] = (),
+    process: int = 0,
+    num_processes: int = 1,
 ) -> Iterator[list[ExampleResult]]:
     """Results of the `ok` examples, one list per batch, in the order they are computed.
 
+    While a list is being used, the devices work on the next batch.
+
     Args:
       tokenized: all examples of a run, so that one taken up again has the same batches.
-      batch_tokens: padded tokens per batch; by backend if None.
+      batch_tokens: padded tokens per batch and device; by backend if None.
       finished: positions in `tokenized` that are left out.
+      process: takes every `num_processes`-th batch from this one on.
 
     Raises:
       GradjaxError: if a batch does not fit the device's memory.
     """
-    backend = jax.default_backend()
-    layers = config.layer_numbers(decoder.config.num_layers)
-    plans = _plans(
-        tokenized,
-        batch_tokens or _BATCH_TOKENS.get(backend, _ACCELERATOR_BATCH_TOKENS),
-        _most_rows(decoder.config, len(layers) if _holds_all_layers(config) else 2),
-        frozenset(finished),
+    mesh, model = decoder.mesh, decoder.config
+    layers = config.layer_numbers(model.num_layers)
+    planned = partial(
+        _plan_positions,
+        tokenized=tokenized,
+        config=config,
+        model=model,
+        batch_tokens=batch_tokens,
+        devices=mesh.size,
     )
+    usable = [i for i, t in enumerate(tokenized) if t.status == "ok"]
+    plans = _unfinished(planned(usable)[process::num_processes], set(finished), planned)
     itemsize = decoder.embedding.dtype.itemsize
-    for plan in plans:
-        # Entered for each batch: it holds BLAS to one thread, and callers work between batches.
-        with decomposer(resolved_route(config), config.projections, backend) as decompose:
+    with _decompose(config, mesh) as decompose:
+        waiting: tuple[BatchPlan, Callable[[], list[RowSpectra]]] | None = None
+        for plan in plans:
             settings = SpectraSettings(
                 layers=layers,
                 projections=config.projections,
                 similarity=config.similarity,
-                decompose=decompose if config.spectrum == "factored" else None,
-                keep_activations=_activations_fit(decoder.config, plan, layers, itemsize),
-                dense_chunk=_dense_chunk(decoder.config, plan, itemsize),
+                decompose=decompose,
+                keep_activations=_activations_fit(model, plan, mesh.size, layers, itemsize),
+                dense_chunk=_dense_chunk(model, plan, mesh.size, itemsize),
             )
-            try:
-                rows = batch_spectra(decoder, make_batch(plan, tokenized), settings)
-            except (jax.errors.JaxRuntimeError, MemoryError) as error:
-                raise _memory_fault(plan, error) from error
-        yield [
-            _result(tokenized[position], row)
-            for position, row in zip(plan.rows, rows, strict=True)
-            if position not in finished
-        ]
+            with _memory_faults(plan):
+                wait = batch_spectra(decoder, make_batch(plan, tokenized), settings)
+            if waiting:
+                yield _results(*waiting, tokenized, finished)
+            waiting = plan, wait
+        if waiting:
+            yield _results(*waiting, tokenized, finished)
 
 
 def check_vocabulary(tokenized: Sequence[TokenizedExample], config: DecoderConfig) -> None:
@@ -91,30 +120,67 @@ def resolved_route(config: SpectraConfig) -> Route:
     return config.spectrum_route
 
 
-def _plans(
+def _plan_positions(
+    positions: Sequence[int],
     tokenized: Sequence[TokenizedExample],
-    batch_tokens: int,
-    most_rows: int,
-    finished: frozenset[int],
+    config: SpectraConfig,
+    model: DecoderConfig,
+    batch_tokens: int | None,
+    devices: int,
 ) -> list[BatchPlan]:
-    """Batches of the unfinished `ok` examples.
+    layers = len(config.layer_numbers(model.num_layers)) if _holds_all_layers(config) else 2
+    plans = plan_batches(
+        [tokenized[i].num_tokens for i in positions],
+        batch_tokens or _BATCH_TOKENS.get(jax.default_backend(), _ACCELERATOR_BATCH_TOKENS),
+        _most_rows(model, layers),
+        devices,
+    )
+    return [
+        dataclasses.replace(plan, rows=tuple(positions[row] for row in plan.rows)) for plan in plans
+    ]
+
+
+def _unfinished(
+    plans: list[BatchPlan],
+    finished: set[int],
+    planned: Callable[[list[int]], list[BatchPlan]],
+) -> list[BatchPlan]:
+    """Batches of the rows that are left.
 
     A run that was stopped keeps the batches it had, so that its numbers come out the same to
     the last bit; where they no longer fit (rows were added), the rest is batched anew.
     """
-
-    def plan(positions: list[int]) -> list[BatchPlan]:
-        lengths = [tokenized[i].num_tokens for i in positions]
-        return [
-            BatchPlan(tuple(positions[row] for row in plan.rows), plan.length, plan.size)
-            for plan in plan_batches(lengths, batch_tokens, most_rows)
-        ]
-
-    usable = [i for i, t in enumerate(tokenized) if t.status == "ok"]
-    left = [p for p in plan(usable) if not finished.issuperset(p.rows)]
-    if any(finished.intersection(p.rows) for p in left):
-        return plan([i for i in usable if i not in finished])
+    left = [plan for plan in plans if not finished.issuperset(plan.rows)]
+    if any(finished.intersection(plan.rows) for plan in left):
+        return planned(sorted(i for plan in left for i in plan.rows if i not in finished))
     return left
+
+
+@contextmanager
+def _decompose(config: SpectraConfig, mesh: Mesh) -> Iterator[Decompose | None]:
+    """The way to singular values; None for the dense path."""
+    if config.spectrum == "dense":
+        if mesh.size > mesh.shape[DATA]:
+            raise GradjaxError(
+                f"--spectrum=dense needs all weights on each device, and --mesh splits them "
+                f"({dict(mesh.shape)}); use --mesh=data:{mesh.size}"
+            )
+        yield None
+        return
+    on_host = decomposes_on_host(mesh.devices.flat[0].platform)
+    with decomposer(resolved_route(config), config.projections, mesh, on_host=on_host) as way:
+        yield way
+
+
+def _results(
+    plan: BatchPlan,
+    wait: Callable[[], list[RowSpectra]],
+    tokenized: Sequence[TokenizedExample],
+    finished: Collection[int],
+) -> list[ExampleResult]:
+    with _memory_faults(plan):
+        rows = wait()
+    return [_result(tokenized[row.row], row) for row in rows if row.row not in finished]
 
 
 def _result(tokenized: TokenizedExample, row: RowSpectra) -> ExampleResult:
@@ -126,32 +192,36 @@ def _result(tokenized: TokenizedExample, row: RowSpectra) -> ExampleResult:
     )
 
 
-def _memory_fault(plan: BatchPlan, error: Exception) -> Exception:
-    """What to do about a batch that does not fit; other faults of the device as they are."""
-    if not out_of_memory(error):
-        return error
-    remedy = "--batch_tokens" if plan.size > 1 else "--max_length, or choose --dtype=bfloat16"
-    return GradjaxError(
-        f"a batch of {plan.size} rows of {plan.length} tokens does not fit the "
-        f"{device_memory() / 2**30:.0f} GiB of this device; lower {remedy}"
-    )
+@contextmanager
+def _memory_faults(plan: BatchPlan) -> Iterator[None]:
+    """Says what to do about a batch that does not fit; other faults pass."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "--batch_tokens" if plan.size > 1 else "--max_length, or choose --dtype=bfloat16"
+        raise GradjaxError(
+            f"a batch of {plan.size} rows of {plan.length} tokens does not fit the "
+            f"{device_memory() / 2**30:.0f} GiB of this device; lower {remedy}"
+        ) from error
 
 
 def _activations_fit(
-    config: DecoderConfig, plan: BatchPlan, layers: tuple[int, ...], itemsize: int
+    config: DecoderConfig, plan: BatchPlan, devices: int, layers: tuple[int, ...], itemsize: int
 ) -> bool:
-    tokens = plan.size * plan.length
+    tokens = plan.size // devices * plan.length
     needed = tokens * activation_bytes(config, itemsize) * (config.num_layers - min(layers))
     return needed <= _ACTIVATIONS_SHARE * device_memory()
 
 
-def _dense_chunk(config: DecoderConfig, plan: BatchPlan, itemsize: int) -> int:
+def _dense_chunk(config: DecoderConfig, plan: BatchPlan, devices: int, itemsize: int) -> int:
     """Examples to differentiate at a time: `jax.grad` keeps every intermediate of theirs."""
     scores = 4 * config.num_heads * plan.length * 4  # per token: float32, and its derivatives
     per_token = config.num_layers * (3 * activation_bytes(config, itemsize) + scores)
     per_token += 12 * config.vocab_size
     fitting = int(_ACTIVATIONS_SHARE * device_memory() / (per_token * plan.length))
-    return min(max(fitting, 1), plan.size)
+    return min(max(fitting, 1), plan.size // devices)
 
 
 def _holds_all_layers(config: SpectraConfig) -> bool:

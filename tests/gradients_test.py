@@ -8,6 +8,7 @@ from gradjax.gradients.factored import HEAD_CHUNK, attention_gradients
 from gradjax.model.attention import CHUNKS
 from gradjax.model.hf_config import read_config
 from gradjax.model.loading import load_decoder
+from gradjax.sharding import one_device
 from gradjax.spectra.batch import SpectraSettings, batch_spectra
 from gradjax.spectra.decompose import decomposer
 from gradjax.structs import PROJECTIONS, TokenBatch
@@ -42,7 +43,7 @@ def make_batch(lengths, padded=None, filler=0, seed=0) -> TokenBatch:
 
 
 def spectra_of(decoder, batch, route, **changes):
-    with decomposer(route or "gram", PROJECTIONS, "cpu") as decompose:
+    with decomposer(route or "gram", PROJECTIONS, one_device(), on_host=True) as decompose:
         settings = {
             "layers": tuple(range(decoder.config.num_layers)),
             "projections": PROJECTIONS,
@@ -50,7 +51,7 @@ def spectra_of(decoder, batch, route, **changes):
             "decompose": decompose if route else None,
             "dense_chunk": 2,
         }
-        return batch_spectra(decoder, batch, SpectraSettings(**{**settings, **changes}))
+        return batch_spectra(decoder, batch, SpectraSettings(**{**settings, **changes}))()
 
 
 def assert_equals_oracle(row, hf_model, tokens, targets):
@@ -159,9 +160,9 @@ def test_upper_layers_and_some_projections(pair):
     batch = make_batch([37])
     (everything,) = spectra_of(decoder, batch, "gram")
     whole = {(s.layer, s.projection): s.nuclear_norm for s in everything.spectra}
-    with decomposer("gram", ("k", "o"), "cpu") as decompose:
+    with decomposer("gram", ("k", "o"), one_device(), on_host=True) as decompose:
         settings = SpectraSettings((1, 2), ("k", "o"), "adjacent", decompose)
-        (some,) = batch_spectra(decoder, batch, settings)
+        (some,) = batch_spectra(decoder, batch, settings)()
     assert [(s.layer, s.projection) for s in some.spectra] == [
         (1, "k"), (1, "o"), (2, "k"), (2, "o"),
     ]  # fmt: skip

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradjax.sharding import one_device
 from gradjax.spectra import measures
-from gradjax.spectra.decompose import _on_device, decomposer
+from gradjax.spectra.decompose import decomposer
 from gradjax.spectra.singular_values import factor_singular_values
 from gradjax.structs import PROJECTIONS, Factors
 
@@ -146,8 +147,9 @@ def test_device_and_host_agree(route, length):
         arrays[name][:, length:] = 0
     factors = Factors(**{name: jnp.asarray(array) for name, array in arrays.items()})
     lengths = np.array([length], np.int32)
-    device = _on_device(route, PROJECTIONS, factors, lengths)()
-    with decomposer(route, PROJECTIONS, "cpu") as decompose:
+    with decomposer(route, PROJECTIONS, one_device(), on_host=False) as decompose:
+        device = decompose(factors, lengths)()
+    with decomposer(route, PROJECTIONS, one_device(), on_host=True) as decompose:
         host = decompose(factors, lengths)()
     for projection in PROJECTIONS:
         (a,), (b,) = device[projection], host[projection]
@@ -167,7 +169,7 @@ def test_tokens_without_gradient_add_no_noise(route):
     for name in ("q", "o"):
         arrays[name][:, :396] = 0
     factors = Factors(**{name: jnp.asarray(array) for name, array in arrays.items()})
-    with decomposer(route, PROJECTIONS, "cpu") as decompose:
+    with decomposer(route, PROJECTIONS, one_device(), on_host=True) as decompose:
         found = decompose(factors, np.array([401]))()
     for projection in PROJECTIONS:
         x, delta = (np.asarray(array[0]) for array in factors.of(projection))

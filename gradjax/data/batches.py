@@ -1,7 +1,8 @@
 """Rows of similar length go together, in few padded shapes: each shape is compiled once."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -22,23 +23,25 @@ class BatchPlan:
 
 
 def plan_batches(
-    lengths: Sequence[int], batch_tokens: int, max_rows: int | None = None
+    lengths: Sequence[int], batch_tokens: int, max_rows: int | None = None, devices: int = 1
 ) -> list[BatchPlan]:
-    """Puts every row in one batch of at most `batch_tokens` padded tokens, longest first.
+    """Puts every row in one batch of at most `batch_tokens` padded tokens a device, longest first.
 
-    `lengths` are in tokens. At most MAX_RUNGS padded lengths are used, chosen to pad least,
-    and all batches of one padded length have one size; a rung with n batches has at most
-    n - 1 filler slots. A row longer than `batch_tokens` is alone in its batch. Memory
-    problems show in the first batch rather than at the end.
+    `lengths` are in tokens; `max_rows` is of one device, and every device has as many slots. At
+    most MAX_RUNGS padded lengths are used, chosen to pad least, and all batches of one padded
+    length have one size; on one device, a rung with n batches has at most n - 1 filler slots. A
+    row longer than `batch_tokens` is alone on its device. Memory problems show in the first batch
+    rather than at the end.
     """
+    split = partial(_split, batch_tokens=batch_tokens, max_rows=max_rows, devices=devices)
     if not lengths:
         return []
-    rungs = np.asarray(_rungs(lengths, batch_tokens, max_rows))
+    rungs = np.asarray(_rungs(lengths, split))
     rung_of_row = rungs[np.searchsorted(rungs, lengths)]
     plans = []
     for length in reversed(rungs.tolist()):
         rows = np.flatnonzero(rung_of_row == length)
-        size = int(_split(np.asarray(len(rows)), length, batch_tokens, max_rows)[1])
+        size = int(split(np.asarray(len(rows)), length)[1])
         plans += [
             BatchPlan(tuple(rows[i : i + size].tolist()), length, size)
             for i in range(0, len(rows), size)
@@ -59,18 +62,20 @@ def make_batch(plan: BatchPlan, tokenized: Sequence[TokenizedExample]) -> TokenB
 
 
 def _split(
-    rows: np.ndarray, length: int, batch_tokens: int, max_rows: int | None
+    rows: np.ndarray, length: int, batch_tokens: int, max_rows: int | None, devices: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(number of batches, slots in each) for numbers of rows of one padded length.
 
     As few batches as the budget allows, and those evenly full.
     """
-    most = min(max(batch_tokens // length, 1), max_rows or batch_tokens)
+    most = min(max(batch_tokens // length, 1), max_rows or batch_tokens) * devices
     batches = -(-rows // most)
-    return batches, -(-rows // batches)
+    return batches, -(-rows // (batches * devices)) * devices
 
 
-def _rungs(lengths: Sequence[int], batch_tokens: int, max_rows: int | None) -> list[int]:
+def _rungs(
+    lengths: Sequence[int], split: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+) -> list[int]:
     """The padded lengths, ascending, that need the fewest tokens with padding and filler.
 
     Exact, by dynamic programming: cost[j] is the least number of tokens for the j shortest
@@ -88,7 +93,7 @@ def _rungs(lengths: Sequence[int], batch_tokens: int, max_rows: int | None) -> l
         next_cost = cost.copy()
         for j, length in enumerate(steps.tolist(), start=1):
             rows = rows_below[j] - rows_below[:j]
-            batches, slots = _split(rows, length, batch_tokens, max_rows)
+            batches, slots = split(rows, length)
             options = cost[:j] + batches * slots * length
             origin[j] = np.argmin(options)
             next_cost[j] = options[origin[j]]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gradjax.model import decoder
 from gradjax.model.decoder import Decoder
+from gradjax.sharding import EVERYWHERE, EXAMPLES
 from gradjax.structs import Projection
 
 # layer -> projection -> the array, a pytree
@@ -35,14 +36,22 @@ def dense_gradients(
 ) -> tuple[Float[Array, " B"], AttentionWeights]:
     """Losses, and the gradient of each example's loss: arrays [B, O, I].
 
-    `chunk` examples are vmapped at a time.
+    Each device of the model's mesh, which must hold all weights, works on its own examples, of
+    which `chunk` are vmapped at a time.
     """
 
-    def one(example: tuple[Array, Array]) -> tuple[Array, AttentionWeights]:
-        loss = partial(example_loss, model, tokens=example[0], targets=example[1])
-        return jax.value_and_grad(loss)(attention_weights(model, layers, projections))
+    def own(model: Decoder, tokens: Array, targets: Array) -> tuple[Array, AttentionWeights]:
+        def one(example: tuple[Array, Array]) -> tuple[Array, AttentionWeights]:
+            loss = partial(example_loss, model, tokens=example[0], targets=example[1])
+            return jax.value_and_grad(loss)(attention_weights(model, layers, projections))
 
-    return jax.lax.map(one, (tokens, targets), batch_size=chunk)
+        return jax.lax.map(one, (tokens, targets), batch_size=chunk)
+
+    in_specs = (EVERYWHERE, EXAMPLES, EXAMPLES)
+    on_mesh = jax.shard_map(
+        own, mesh=model.mesh, in_specs=in_specs, out_specs=EXAMPLES, check_vma=False
+    )
+    return on_mesh(model, tokens, targets)
 
 
 def example_loss(

@@ -8,17 +8,29 @@ are recomputed from what was kept, through `jax.vjp`.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from gradjax import sharding
 from gradjax.model import decoder, layers
 from gradjax.model.attention import attention_backward
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Block, BlockActivations, Decoder
+from gradjax.model.parameters import block_parameters, model_parameters
+from gradjax.sharding import (
+    EVERYWHERE,
+    EXAMPLES,
+    from_stream,
+    own_columns,
+    own_examples,
+    to_stream,
+)
 from gradjax.structs import Factors
 
 # Target tokens whose logits exist at a time: 78 MB of float32 at a vocabulary of 152k.
@@ -43,30 +55,30 @@ def attention_gradients(
       tokens: token ids, padded on the right.
       targets: true at the tokens that the loss is the mean over (paper, eq. 1).
     """
-    config, length = model.config, tokens.shape[1]
+    config, mesh, length = model.config, model.mesh, tokens.shape[1]
     rope = _rope_tables(config, length)
     windows = [jnp.int32(window) for window in decoder.layer_windows(config, length)]
-    x = _embed(config, model.embedding[...], tokens)
+    x = _embed(mesh, config, model.embedding[...], tokens)
     kept: list[BlockActivations | Array] = []
     for layer, block in enumerate(model.blocks):
         block_input = x
-        x, activations = _block_forward(config, block, x, rope, windows[layer])
+        x, activations = _block_forward(mesh, config, block, x, rope, windows[layer])
         if layer >= lowest_layer:
             kept.append(activations if keep_activations else block_input)
         del activations
-    losses, cotangent = head_gradient(
-        config, model.final_norm[...], model.output_table, x, tokens, targets
+    table = model.output_table
+    losses, cotangent = _head_gradient(
+        mesh, config, model.final_norm[...], table, x, tokens, targets
     )
     del x
 
     def backward(cotangent: Array) -> Iterator[tuple[int, Factors]]:
         for layer in reversed(range(lowest_layer, config.num_layers)):
             block, activations = model.blocks[layer], kept.pop()
+            rest = (rope, windows[layer])
             if not isinstance(activations, BlockActivations):
-                _, activations = _block_forward(config, block, activations, rope, windows[layer])
-            cotangent, factors = _block_backward(
-                config, block, activations, cotangent, rope, windows[layer]
-            )
+                _, activations = _block_forward(mesh, config, block, activations, *rest)
+            cotangent, factors = _block_backward(mesh, config, block, activations, cotangent, *rest)
             del activations
             yield layer, factors
 
@@ -80,7 +92,6 @@ def activation_bytes(config: DecoderConfig, itemsize: int) -> int:
     return width * itemsize + 4 * config.num_heads
 
 
-@partial(jax.jit, static_argnums=0)
 def head_gradient(
     config: DecoderConfig,
     final_norm: Float[Array, " D"],
@@ -94,6 +105,7 @@ def head_gradient(
     Value and gradient are taken together for `HEAD_CHUNK` target positions at a time, so no
     logits are computed twice, for tokens without loss, or all at once.
     """
+    table = sharding.whole_table(config, table)
     batch, length, width = x.shape
     predicts = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)))  # position t predicts token t + 1
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1)
@@ -134,12 +146,77 @@ def _rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]
     return layers.rope_tables(config, length)
 
 
-_embed = jax.jit(decoder.embed, static_argnums=0)
-_block_forward = jax.jit(decoder.block_forward, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
+def _embed(mesh: Mesh, config: DecoderConfig, table: Array, tokens: Array) -> Array:
+    return _on_mesh(
+        mesh,
+        lambda table, tokens: decoder.embed(config, sharding.whole_table(config, table), tokens),
+        (_table_spec(mesh, config), EXAMPLES),
+        EXAMPLES,
+    )(table, tokens)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
+def _head_gradient(mesh: Mesh, config: DecoderConfig, *arrays: Array) -> tuple[Array, Array]:
+    specs = (EVERYWHERE, _table_spec(mesh, config), EXAMPLES, EXAMPLES, EXAMPLES)
+    return _on_mesh(mesh, partial(head_gradient, config), specs, EXAMPLES)(*arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _block_forward(
+    mesh: Mesh, config: DecoderConfig, block: Block, x: Array, rope: Array, window: Array
+) -> tuple[Array, BlockActivations]:
+    specs = (_block_specs(mesh, config, block), EXAMPLES, EVERYWHERE, EVERYWHERE)
+    out_specs = (EXAMPLES, _activation_specs(mesh, config))
+    run = partial(decoder.block_forward, config)
+    return _on_mesh(mesh, run, specs, out_specs)(block, x, rope, window)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _block_backward(
+    mesh: Mesh,
+    config: DecoderConfig,
+    block: Block,
+    kept: BlockActivations,
+    cotangent: Array,
+    rope: Array,
+    window: Array,
+) -> tuple[Array, Factors]:
+    activations = _activation_specs(mesh, config)
+    block_specs = _block_specs(mesh, config, block)
+    specs = (block_specs, activations, EXAMPLES, EVERYWHERE, EVERYWHERE)
+    run = partial(block_backward, config)
+    return _on_mesh(mesh, run, specs, EXAMPLES)(block, kept, cotangent, rope, window)
+
+
+def _on_mesh(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def _table_spec(mesh: Mesh, config: DecoderConfig) -> PartitionSpec:
+    return sharding.weight_spec(mesh, config, model_parameters(config)["embedding"])
+
+
+def _block_specs(mesh: Mesh, config: DecoderConfig, block: Block) -> Block:
+    table = block_parameters(config, layer=0)
+    specs = {name: sharding.weight_spec(mesh, config, table[name]) for name in table}
+    return jax.tree.map_with_path(
+        lambda path, _: specs[jax.tree_util.keystr(path[:1], simple=True)], block
+    )
+
+
+def _activation_specs(mesh: Mesh, config: DecoderConfig) -> BlockActivations:
+    split = config.mlp_size % mesh.shape[sharding.TENSOR] == 0
+    group = sharding.GROUP if split else EXAMPLES
+    specs: dict[str, Any] = {
+        n: group if n in ("gate", "up") else EXAMPLES for n in BlockActivations._fields
+    }
+    return BlockActivations(**specs)
+
+
+def block_backward(
     config: DecoderConfig,
     block: Block,
     kept: BlockActivations,
@@ -149,26 +226,26 @@ def _block_backward(
 ) -> tuple[Float[Array, "B T D"], Factors]:
     """The cotangent of a block's input, and the factors of its four projections."""
     norm = partial(decoder.norm, config)
+    matrices = {name: decoder.matrix(config, block, name) for name in decoder.MATRICES}
 
     def through_post_norm(out: Array, name: str, cotangent: Array) -> Array:
         post_norm = partial(decoder.post_norm, config, block=block, name=name)
         return jax.vjp(lambda out: post_norm(out), out)[1](cotangent)[0]
 
     delta = through_post_norm(kept.mlp_out, "mlp_post_norm", cotangent)
-    hidden = layers.linear_transpose(delta, block.down[...])
+    (hidden,) = from_stream(delta, matrices["down"])
     gate, up = jax.vjp(partial(layers.gated, config), kept.gate, kept.up)[1](hidden)
-    hidden = layers.linear_transpose(gate, block.gate[...])
-    hidden += layers.linear_transpose(up, block.up[...])
+    hidden = to_stream((gate, matrices["gate"]), (up, matrices["up"]))
     _, norm_vjp = jax.vjp(lambda x: norm(x, block.mlp_norm[...]), kept.middle)
     cotangent += norm_vjp(hidden)[0]
 
     o = through_post_norm(kept.attention_out, "attention_post_norm", cotangent)
+    (hidden,) = from_stream(o, matrices["o"])
     attended, heads = kept.attended, (kept.q, kept.k, kept.v)
-    from_o = layers.linear_transpose(o, block.o[...])
+    from_o = own_examples(hidden, matrices["o"])
     q, k, v = attention_backward(config, *heads, rope, window, attended, kept.log_sums, from_o)
-    hidden = layers.linear_transpose(q, block.q[...])
-    hidden += layers.linear_transpose(k, block.k[...])
-    hidden += layers.linear_transpose(v, block.v[...])
+    pairs = ((delta, matrices[name]) for name, delta in zip("qkv", (q, k, v), strict=True))
+    hidden = to_stream(*((own_columns(delta, matrix), matrix) for delta, matrix in pairs))
     normed, norm_vjp = jax.vjp(lambda x: norm(x, block.attention_norm[...]), kept.x)
     cotangent += norm_vjp(hidden)[0]
     return cotangent, Factors(x_qkv=normed, x_o=attended, q=q, k=k, v=v, o=o)

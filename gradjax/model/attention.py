@@ -129,9 +129,11 @@ def _forward_rule(config: DecoderConfig, *inputs: Array) -> tuple[Array, tuple[A
 
 
 def _backward_rule(
-    config: DecoderConfig, kept: tuple[Array, ...], cotangent: Array
+    config: DecoderConfig, kept: tuple[Any, ...], cotangent: Array
 ) -> tuple[Array | None, ...]:
-    return *attention_backward(config, *kept, cotangent), None, None
+    q, k, v, rope, window, out, log_sums = kept
+    inputs = (q, k, v, rope, window)
+    return *attention_backward(config, *inputs, out, log_sums, cotangent), None, None
 
 
 attention.defvjp(_forward_rule, _backward_rule)

@@ -6,14 +6,17 @@ CPU), while one compiled block serves all layers either way, and its outputs can
 device while the next block runs.
 """
 
-import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from gradjax import sharding
 from gradjax.model import layers
 from gradjax.model.attention import attention_forward
 from gradjax.model.config import DecoderConfig
@@ -23,6 +26,9 @@ from gradjax.model.parameters import (
     block_parameters,
     model_parameters,
 )
+from gradjax.sharding import Matrix, from_stream, own_columns, own_examples, to_stream
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Block(nnx.Module):
@@ -49,9 +55,10 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """All weights of a model. A plain pytree: no shared references, never mutated."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Array]):
-        """`weights` by path of the weight table (`embedding`, `blocks.0.q`, …)."""
+    def __init__(self, config: DecoderConfig, weights: dict[str, Array], mesh: Mesh | None = None):
+        """`weights` by path of the weight table (`embedding`, `blocks.0.q`, …), on the mesh."""
         self.config = config
+        self.mesh = mesh or sharding.one_device()
         self.embedding = nnx.Param(weights["embedding"])
         self.final_norm = nnx.Param(weights["final_norm"])
         if not config.tied_embeddings:
@@ -69,15 +76,24 @@ class Decoder(nnx.Module):
         return self.embedding[...] if self.config.tied_embeddings else self.head[...]
 
 
-def random_decoder(config: DecoderConfig, seed: int, dtype=jnp.float32) -> Decoder:
-    """Fresh weights of a model's shape: normal(0.02) matrices, neutral norms, zero biases."""
+def random_decoder(
+    config: DecoderConfig, seed: int, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+) -> Decoder:
+    """Fresh weights of a model's shape: normal(0.02) matrices, neutral norms, zero biases.
+
+    The same ones on every mesh; the default device's if None.
+    """
+    mesh = mesh or sharding.one_device()
 
     @partial(jax.jit, static_argnums=1)
     def initial(key: Array, parameter: Parameter) -> Array:
         shape = parameter.shape(config)
-        if not parameter.std:
-            return jnp.full(shape, parameter.mean, dtype)
-        return (parameter.std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        if parameter.std:
+            weight = (parameter.std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        else:
+            weight = jnp.full(shape, parameter.mean, dtype)
+        placed = sharding.weight_sharding(mesh, config, parameter)
+        return jax.lax.with_sharding_constraint(weight, placed)
 
     # Layers of one kind differ in the key alone: each kind is compiled once.
     kinds = model_parameters(config) | block_parameters(config, layer=0)
@@ -87,7 +103,7 @@ def random_decoder(config: DecoderConfig, seed: int, dtype=jnp.float32) -> Decod
         path: initial(key, kinds[path.rsplit(".", 1)[-1]])
         for path, key in zip(paths, keys, strict=True)
     }
-    return Decoder(config, weights)
+    return Decoder(config, weights, mesh)
 
 
 def layer_windows(config: DecoderConfig, length: int) -> list[int]:
@@ -95,9 +111,7 @@ def layer_windows(config: DecoderConfig, length: int) -> list[int]:
     return [length if window is None else min(window, length) for window in config.windows]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BlockActivations:
+class BlockActivations(NamedTuple):
     """What a block's backward pass needs so that no matrix product is done twice."""
 
     x: Float[Array, "B T D"]  # the block's input
@@ -108,8 +122,9 @@ class BlockActivations:
     log_sums: Float[Array, "B T N"]  # of the softmax, float32
     attention_out: Float[Array, "B T D"]  # output of o, before any post-norm
     middle: Float[Array, "B T D"]  # the stream between attention and MLP
-    gate: Float[Array, "B T F"]
-    up: Float[Array, "B T F"]
+    # Of all examples of the tensor group where F is split.
+    gate: Float[Array, "Bg T F"]
+    up: Float[Array, "Bg T F"]
     mlp_out: Float[Array, "B T D"]  # output of down, before any post-norm
 
 
@@ -135,6 +150,11 @@ def bias(config: DecoderConfig, block: Block, name: str) -> Array | float:
     return getattr(block, f"{name}_bias")[...] if config.qkv_bias else 0.0
 
 
+def matrix(config: DecoderConfig, block: Block, name: str) -> Matrix:
+    """One of a block's `MATRICES`, for use on the device."""
+    return sharding.matrix(getattr(block, name)[...], block_parameters(config, 0)[name], config)
+
+
 def block_forward(
     config: DecoderConfig,
     block: Block,
@@ -142,18 +162,26 @@ def block_forward(
     rope: Float[Array, "2 T half"],
     window: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], BlockActivations]:
-    """One block: its output and the activations that its backward pass needs."""
+    """One block: its output and the activations that its backward pass needs.
+
+    Weights may be the parts that a device of a mesh holds, inside `jax.shard_map`; x is then its
+    own examples.
+    """
     h = norm(config, x, block.attention_norm[...])
+    matrices = {name: matrix(config, block, name) for name in MATRICES}
+    heads = from_stream(h, *(matrices[name] for name in "qkv"))
     q, k, v = (
-        layers.linear(h, getattr(block, name)[...]) + bias(config, block, name) for name in "qkv"
+        own_examples(y, matrices[name]) + bias(config, block, name)
+        for name, y in zip("qkv", heads, strict=True)
     )
     attended, log_sums = attention_forward(config, q, k, v, rope, window)
-    attention_out = layers.linear(attended, block.o[...])
+    o = matrices["o"]
+    attention_out = to_stream((own_columns(attended, o), o))
     middle = x + post_norm(config, attention_out, block, "attention_post_norm")
 
     h = norm(config, middle, block.mlp_norm[...])
-    gate, up = layers.linear(h, block.gate[...]), layers.linear(h, block.up[...])
-    mlp_out = layers.linear(layers.gated(config, gate, up), block.down[...])
+    gate, up = from_stream(h, matrices["gate"], matrices["up"])
+    mlp_out = to_stream((layers.gated(config, gate, up), matrices["down"]))
     out = middle + post_norm(config, mlp_out, block, "mlp_post_norm")
     kept = BlockActivations(
         x, q, k, v, attended, log_sums, attention_out, middle, gate, up, mlp_out

@@ -10,18 +10,22 @@ import json
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from gradjax import sharding
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
 from gradjax.model.parameters import all_parameters
+from gradjax.sharding import weight_sharding
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -55,11 +59,14 @@ class _Tensor:
         return file[self.start : self.start + size].view(dtype).reshape(self.shape)
 
 
-def load_decoder(directory: Path, config: DecoderConfig, dtype: DTypeLike) -> Decoder:
+def load_decoder(
+    directory: Path, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Decoder:
     """The decoder with the weights of `directory`'s safetensors, cast to `dtype`.
 
     Reads `model.safetensors` or the shards of `model.safetensors.index.json`, in any float
-    dtype. Anonymous host memory stays below the model in `dtype` plus its largest array.
+    dtype. Every process reads what its devices of the mesh hold (the default device if None).
+    Anonymous host memory stays below that in `dtype` plus its largest array.
 
     Raises GradjaxError where files are missing, damaged or pickles only; where tensors are
     missing, unknown, in two shards, not where the index says, not of the config's shape or
@@ -78,10 +85,14 @@ def load_decoder(directory: Path, config: DecoderConfig, dtype: DTypeLike) -> De
             f"{directory}: the weights do not fit config.json: {'; '.join(problems)}: use the "
             "config.json and safetensors of one model, or download them again."
         )
-    weights = {path: _load(tensors[p.hf_key], p.hf_key, dtype) for path, p in table.items()}
     if config.tied_embeddings and _HEAD in tensors:
-        _check_tied(weights["embedding"], tensors[_HEAD], dtype)
-    return Decoder(config, weights)
+        _check_tied(tensors[_EMBEDDING], tensors[_HEAD], jnp.dtype(dtype))
+    mesh = mesh or sharding.one_device()
+    weights = {
+        path: _load(tensors[p.hf_key], p.hf_key, jnp.dtype(dtype), weight_sharding(mesh, config, p))
+        for path, p in table.items()
+    }
+    return Decoder(config, weights, mesh)
 
 
 def weights_hash(directory: Path) -> str:
@@ -211,17 +222,22 @@ def _listing(what: str, names: Collection[str]) -> list[str]:
     return [f"{what}: {', '.join(sorted(names))}"] if names else []
 
 
-def _load(tensor: _Tensor, name: str, dtype: DTypeLike) -> jax.Array:
+def _load(tensor: _Tensor, name: str, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
     """One tensor as a device array of its own memory, checked to be finite."""
-    array = _aligned_empty(tensor.shape, jnp.dtype(dtype))
-    with np.errstate(over="ignore"):
-        np.copyto(array, tensor.view(), casting="unsafe")
-    if not np.isfinite(array).all():
-        raise GradjaxError(
-            f"{tensor.file}: {name} holds NaN or infinite values (as {array.dtype.name}), "
-            "expected finite weights: download or save the checkpoint again."
-        )
-    return jax.block_until_ready(jax.device_put(array))
+
+    def part(index: Any) -> np.ndarray:
+        view = tensor.view()[index]
+        array = _aligned_empty(view.shape, dtype)
+        with np.errstate(over="ignore"):
+            np.copyto(array, view, casting="unsafe")
+        if not np.isfinite(array).all():
+            raise GradjaxError(
+                f"{tensor.file}: {name} holds NaN or infinite values (as {dtype.name}), "
+                "expected finite weights: download or save the checkpoint again."
+            )
+        return array
+
+    return jax.block_until_ready(jax.make_array_from_callback(tensor.shape, placed, part))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -233,13 +249,18 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _check_tied(embedding: jax.Array, head: _Tensor, dtype: DTypeLike) -> None:
+def _check_tied(embedding: _Tensor, head: _Tensor, dtype: np.dtype) -> None:
     """A tied model may carry its head as well, but then it must be the embedding.
 
     Where it is not, transformers 4 drops the head and transformers 5 unties the model.
     """
-    if not jnp.array_equal(embedding, _load(head, _HEAD, dtype)):
-        raise GradjaxError(
-            f"{head.file}: {_HEAD} differs from {_EMBEDDING} although config.json says "
-            "tie_word_embeddings: set it to false there, or remove the tensor."
-        )
+    rows = max(2**24 // embedding.shape[1], 1)  # keeps the copies small
+    for first in range(0, embedding.shape[0], rows):
+        part = slice(first, first + rows)
+        with np.errstate(over="ignore"):
+            a, b = (tensor.view()[part].astype(dtype) for tensor in (embedding, head))
+        if not np.array_equal(a, b):
+            raise GradjaxError(
+                f"{head.file}: {_HEAD} differs from {_EMBEDDING} although config.json says "
+                "tie_word_embeddings: set it to false there, or remove the tensor."
+            )

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from gradjax.device import device_memory
@@ -55,8 +56,12 @@ def load_model(
     )
 
 
-def load_weights(directory: Path, dtype: str, *, random_init: bool, seed: int) -> Decoder:
-    """A local checkpoint's decoder in `dtype`, or fresh weights of its shape.
+def load_weights(
+    directory: Path, dtype: str, *, random_init: bool, seed: int, mesh: Mesh | None = None
+) -> Decoder:
+    """A local checkpoint's decoder in `dtype`, or fresh weights of its shape, on a mesh.
+
+    On the default device if `mesh` is None.
 
     Raises:
       GradjaxError: as `load_decoder`, or if the weights do not fit the memory.
@@ -65,8 +70,8 @@ def load_weights(directory: Path, dtype: str, *, random_init: bool, seed: int) -
     try:
         if random_init:
             logging.info("Fresh weights of the shape of %s, seed %d", directory, seed)
-            return random_decoder(config, seed, jnp.dtype(dtype))
-        return load_decoder(directory, config, jnp.dtype(dtype))
+            return random_decoder(config, seed, jnp.dtype(dtype), mesh)
+        return load_decoder(directory, config, jnp.dtype(dtype), mesh)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

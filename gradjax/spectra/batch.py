@@ -12,10 +12,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gradjax.gradients.dense import dense_gradients
 from gradjax.gradients.factored import attention_gradients
 from gradjax.model.decoder import Decoder
+from gradjax.sharding import EXAMPLES, local_examples, local_slots, place_examples
 from gradjax.spectra import measures
 from gradjax.spectra.decompose import Decompose, Values
 from gradjax.structs import (
@@ -44,8 +46,9 @@ class SpectraSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RowSpectra:
-    """One batch row's results; `finite` is false where any number is NaN or infinite."""
+    """One row's results; `finite` is false where any number is NaN or infinite."""
 
+    row: int  # as in the batch's `rows`
     loss: float
     finite: bool
     spectra: tuple[Spectrum, ...]
@@ -71,12 +74,14 @@ class _Measured:
     wait_for_values: Callable[[], Values]
 
 
-def batch_spectra(model: Decoder, batch: TokenBatch, settings: SpectraSettings) -> list[RowSpectra]:
-    """Losses, spectra and cosines of a batch's real rows, in order.
+def batch_spectra(
+    model: Decoder, batch: TokenBatch, settings: SpectraSettings
+) -> Callable[[], list[RowSpectra]]:
+    """Starts on a batch; the returned call waits for its losses, spectra and cosines.
 
-    Layers ascend, projections are in the settings' order, and same-layer pairs come before
-    layer pairs. Numbers are float64 of float32 measurements; singular values come as their
-    route gives them.
+    They are those of the rows that this process's devices hold, in order. Layers ascend,
+    projections are in the settings' order, and same-layer pairs come before layer pairs. Numbers
+    are float64 of float32 measurements; singular values come as their route gives them.
     """
     stream = _factored_layers if settings.decompose else _dense_layers
     losses, layers = stream(model, batch, settings)
@@ -102,18 +107,20 @@ def batch_spectra(model: Decoder, batch: TokenBatch, settings: SpectraSettings) 
         measured.appendleft(_Measured(layer.index, entries, layer.wait_for_values))
         if len(measured) > _LAYERS_AHEAD:
             measured[_LAYERS_AHEAD].wait_for_values()
-    return _rows(batch, np.asarray(losses), measured, cosines, settings)
+    return partial(_rows, model.mesh, batch, losses, measured, cosines, settings)
 
 
 def _factored_layers(
     model: Decoder, batch: TokenBatch, settings: SpectraSettings
 ) -> tuple[jax.Array, Iterator[_Layer]]:
     assert settings.decompose is not None
-    decompose, lengths = settings.decompose, jnp.asarray(batch.lengths)
+    decompose, place = settings.decompose, partial(place_examples, model.mesh)
+    lengths = place(batch.lengths)
+    own_lengths = batch.lengths[local_slots(model.mesh, len(batch.lengths))]
     losses, layers = attention_gradients(
         model,
-        jnp.asarray(batch.tokens),
-        jnp.asarray(batch.targets),
+        place(batch.tokens),
+        place(batch.targets),
         min(settings.layers),
         keep_activations=settings.keep_activations,
     )
@@ -121,7 +128,7 @@ def _factored_layers(
     def stream() -> Iterator[_Layer]:
         for index, factors in layers:
             if index in settings.layers:
-                wait = decompose(factors, batch.lengths)
+                wait = decompose(factors, own_lengths)
                 unit, scales = measures.form_gradients(factors, lengths, settings.projections)
                 yield _Layer(index, unit, scales, wait)
 
@@ -133,8 +140,8 @@ def _dense_layers(
 ) -> tuple[jax.Array, Iterator[_Layer]]:
     losses, gradients = dense_gradients(
         model,
-        jnp.asarray(batch.tokens),
-        jnp.asarray(batch.targets),
+        place_examples(model.mesh, batch.tokens),
+        place_examples(model.mesh, batch.targets),
         settings.layers,
         settings.projections,
         settings.dense_chunk,
@@ -143,7 +150,7 @@ def _dense_layers(
     def stream() -> Iterator[_Layer]:
         for index in reversed(settings.layers):
             matrices = {p: g.astype(jnp.float32) for p, g in gradients[index].items()}
-            values = {p: _dense_singular_values(g) for p, g in matrices.items()}
+            values = {p: _dense_singular_values(model.mesh, g) for p, g in matrices.items()}
             unit, scales = measures.unit_scaled(matrices)
             yield _Layer(index, unit, scales, partial(_fetch, values))
 
@@ -151,46 +158,54 @@ def _dense_layers(
 
 
 def _fetch(values: dict[Projection, jax.Array]) -> Values:
-    return {projection: list(np.asarray(array)) for projection, array in values.items()}
+    return {projection: list(local_examples(array)) for projection, array in values.items()}
 
 
-@jax.jit
-def _dense_singular_values(gradients: jax.Array) -> jax.Array:
-    # One example at a time: a batched decomposition can deadlock on jax 0.10.2's CPU.
-    return jax.lax.map(lambda g: jnp.linalg.svd(g, compute_uv=False), gradients)
+@partial(jax.jit, static_argnums=0)
+def _dense_singular_values(mesh: Mesh, gradients: jax.Array) -> jax.Array:
+    def own(gradients: jax.Array) -> jax.Array:
+        # One example at a time: a batched decomposition can deadlock on jax 0.10.2's CPU.
+        return jax.lax.map(lambda g: jnp.linalg.svd(g, compute_uv=False), gradients)
+
+    return jax.shard_map(own, mesh=mesh, in_specs=EXAMPLES, out_specs=EXAMPLES)(gradients)
 
 
 def _rows(
+    mesh: Mesh,
     batch: TokenBatch,
-    losses: np.ndarray,
+    losses: jax.Array,
     measured: deque[_Measured],
     cosines: list[tuple[Similarity, jax.Array]],
     settings: SpectraSettings,
 ) -> list[RowSpectra]:
     """Per-layer arrays over the batch, turned into per-row results."""
-    spectra: list[list[Spectrum]] = [[] for _ in batch.rows]
-    finite = np.isfinite(losses[: len(batch.rows)])
+    slots = local_slots(mesh, len(batch.lengths))
+    rows = [batch.rows[slot] for slot in slots if slot < len(batch.rows)]  # no filler
+    loss = local_examples(losses)[: len(rows)].astype(np.float64)
+    spectra: list[list[Spectrum]] = [[] for _ in rows]
+    finite = np.isfinite(loss)
     for layer in measured:
         values = layer.wait_for_values()
-        entries = jax.tree.map(np.asarray, layer.entries)
+        entries = jax.tree.map(local_examples, layer.entries)
         for projection in settings.projections:
-            for row, row_spectra in enumerate(spectra):
-                at = {name: float(array[row]) for name, array in entries[projection].items()}
-                spectrum = _spectrum(layer.index, projection, values[projection][row], at)
-                finite[row] &= np.isfinite([spectrum.nuclear_norm, *at.values()]).all()
+            for i, row_spectra in enumerate(spectra):
+                at = {name: float(array[i]) for name, array in entries[projection].items()}
+                spectrum = _spectrum(layer.index, projection, values[projection][i], at)
+                finite[i] &= np.isfinite([spectrum.nuclear_norm, *at.values()]).all()
                 row_spectra.append(spectrum)
 
-    similarity: list[list[Similarity]] = [[] for _ in batch.rows]
+    similarity: list[list[Similarity]] = [[] for _ in rows]
     order = {"same_layer": 0, "cross_layer": 1}
     for pair, array in sorted(
         cosines, key=lambda item: (order[item[0].kind], item[0].layer_a, item[0].layer_b)
     ):
-        for row, value in enumerate(np.asarray(array)[: len(batch.rows)]):
+        values = local_examples(array)[: len(rows)]
+        for row_similarity, value in zip(similarity, values, strict=True):
             cosine = float(value) if np.isfinite(value) else None
-            similarity[row].append(dataclasses.replace(pair, cosine=cosine))
+            row_similarity.append(dataclasses.replace(pair, cosine=cosine))
     return [
-        RowSpectra(float(losses[i]), bool(finite[i]), tuple(spectra[i]), tuple(similarity[i]))
-        for i in range(len(batch.rows))
+        RowSpectra(row, float(loss[i]), bool(finite[i]), tuple(spectra[i]), tuple(similarity[i]))
+        for i, row in enumerate(rows)
     ]
 
 

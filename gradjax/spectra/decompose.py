@@ -10,14 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
 
 from gradjax.gradients.factored import mask_padding
+from gradjax.sharding import EXAMPLES, local_examples
 from gradjax.spectra.singular_values import Route, factor_singular_values
 from gradjax.structs import Factors, Projection
 
 # Values per projection: one array [R] per example.
 Values = dict[Projection, list[np.ndarray]]
-# Starts on a layer's factors; the returned call waits for the values.
+# Starts on a layer's factors and the lengths of this process's examples; the returned call waits
+# for their values.
 Decompose = Callable[[Factors, np.ndarray], Callable[[], Values]]
 
 
@@ -26,17 +30,22 @@ def default_route(backend: str) -> Route:
     return "qr" if backend == "tpu" else "gram"
 
 
+def decomposes_on_host(backend: str) -> bool:
+    """Whether the host pool is the faster place: measured on CPUs, assumed not elsewhere."""
+    return backend == "cpu"
+
+
 @contextmanager
 def decomposer(
-    route: Route, projections: tuple[Projection, ...], backend: str
+    route: Route, projections: tuple[Projection, ...], mesh: Mesh, *, on_host: bool
 ) -> Iterator[Decompose]:
-    """The way to singular values that suits a backend.
+    """A way to singular values.
 
-    On a CPU, LAPACK's values-only drivers on a pool of one thread per core (JAX's `eigvalsh`
-    computes vectors as well); elsewhere batched on the device.
+    On the host, LAPACK's values-only drivers on a pool of one thread per core, while the devices
+    go on (JAX's `eigvalsh` computes vectors as well); else batched on the mesh's devices.
     """
-    if backend != "cpu":
-        yield partial(_on_device, route, projections)
+    if not on_host:
+        yield partial(_on_device, mesh, route, projections)
         return
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Tasks are parallel already: more than one BLAS thread each would make them wait.
@@ -60,8 +69,8 @@ def _on_host(
 ) -> Callable[[], Values]:
     def work(group: tuple[Projection, ...], row: int) -> list[np.ndarray]:
         length = max(int(lengths[row]), 1)
-        x = np.asarray(factors.of(group[0])[0])[row, :length]
-        deltas = [np.asarray(factors.of(p)[1])[row, :length] for p in group]
+        x = local_examples(factors.of(group[0])[0])[row, :length]
+        deltas = [local_examples(factors.of(p)[1])[row, :length] for p in group]
         if not all(np.isfinite(array).all() for array in (x, *deltas)):
             return [np.full(1, np.nan)] * len(group)
         values: list[np.ndarray] = [x] * len(group)
@@ -105,24 +114,40 @@ def _by_contributing_tokens(
     return list(groups.values())
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _device_values(
-    route: Route, projections: tuple[Projection, ...], factors: Factors, lengths: jax.Array
-) -> dict[Projection, jax.Array]:
-    factors = mask_padding(factors, lengths)
-    values = {}
-    for group in _sharing_inputs(projections):
-        deltas = [factors.of(projection)[1] for projection in group]
-        found = factor_singular_values(jnp, route, factors.of(group[0])[0], deltas)
-        values.update(zip(group, found, strict=True))
-    return values
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def device_values(
+    mesh: Mesh,
+    route: Route,
+    projections: tuple[Projection, ...],
+    factors: Factors,
+    lengths: Int[Array, " B"],
+) -> dict[Projection, Float[Array, "B R"]]:
+    """Singular values on the mesh, each device's of its own examples."""
+
+    def own(factors: Factors, lengths: Array) -> dict[Projection, Array]:
+        factors = mask_padding(factors, lengths)
+        values = {}
+        for group in _sharing_inputs(projections):
+            deltas = [factors.of(projection)[1] for projection in group]
+            found = factor_singular_values(jnp, route, factors.of(group[0])[0], deltas)
+            values.update(zip(group, found, strict=True))
+        return values
+
+    both = (EXAMPLES, EXAMPLES)
+    on_mesh = jax.shard_map(own, mesh=mesh, in_specs=both, out_specs=EXAMPLES, check_vma=False)
+    return on_mesh(factors, lengths)
 
 
 def _on_device(
-    route: Route, projections: tuple[Projection, ...], factors: Factors, lengths: np.ndarray
+    mesh: Mesh,
+    route: Route,
+    projections: tuple[Projection, ...],
+    factors: Factors,
+    lengths: np.ndarray,
 ) -> Callable[[], Values]:
+    placed = jax.make_array_from_process_local_data(NamedSharding(mesh, EXAMPLES), lengths)
     with jax.enable_x64(route == "gram"), jax.default_matmul_precision("highest"):
-        values = _device_values(route, projections, factors, jnp.asarray(lengths))
+        values = device_values(mesh, route, projections, factors, placed)
 
     limits = {p: min(array.shape[-1] for array in factors.of(p)) for p in projections}
 
@@ -130,7 +155,7 @@ def _on_device(
         return {
             p: [
                 row[: min(max(int(length), 1), limits[p])]
-                for row, length in zip(np.asarray(values[p]), lengths, strict=True)
+                for row, length in zip(local_examples(values[p]), lengths, strict=True)
             ]
             for p in projections
         }
