@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from gradjax.compute import check_vocabulary, compute_results
+from gradjax.compute import check_vocabulary, compute_results, plan_rows
 from gradjax.config import SpectraConfig, TokenSettings, select
 from gradjax.data.examples import to_example
 from gradjax.data.tokens import check_tokenizer, tokenize
 from gradjax.errors import GradjaxError
 from gradjax.model.pretrained import Model, load_model
+from gradjax.places import as_directory
 from gradjax.store import read_manifest, read_table
 from gradjax.structs import ExampleResult
 
@@ -60,7 +61,8 @@ def gradient_spectra(
     check_vocabulary(tokenized, model.config)
     spectra.layer_numbers(model.config.num_layers)
     unusable = (ExampleResult(t, t.status, t.reason) for t in tokenized if t.status != "ok")
-    batches = compute_results(model.decoder, tokenized, spectra, batch_tokens)
+    plans = plan_rows(tokenized, spectra, model.config, batch_tokens, model.decoder.mesh.size)
+    batches = compute_results(model.decoder, tokenized, spectra, plans)
     return itertools.chain(unusable, itertools.chain.from_iterable(batches))
 
 
@@ -68,7 +70,7 @@ def gradient_spectra(
 class Run:
     """A store, opened for reading. Tables are read when first asked for."""
 
-    directory: Path
+    directory: Path | str  # str: a URL
     manifest: dict[str, Any]
 
     @cached_property
@@ -90,12 +92,15 @@ class Run:
 def open_run(directory: str | Path) -> Run:
     """Opens a run that `gradjax.main` wrote, finished or not.
 
+    Args:
+      directory: a path, or the URL of a run in an object store (`s3://bucket/run`).
+
     Returns:
       An object with `manifest` (a dict) and the pandas frames `examples`, `spectra` and
       `similarity`; columns as in the README.
 
     Raises:
-      GradjaxError: if the directory holds no run.
+      GradjaxError: if the directory holds no run, or cannot be read.
     """
-    directory = Path(directory).expanduser()
+    directory = as_directory(directory)
     return Run(directory, read_manifest(directory))

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import jax
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from gradjax.gradients.factored import activation_bytes
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
 from gradjax.model.parameters import block_parameters
+from gradjax.plan import fitting_memory
 from gradjax.sharding import DATA
 from gradjax.spectra.batch import RowSpectra, SpectraSettings, batch_spectra
 from gradjax.spectra.decompose import Decompose, decomposer, decomposes_on_host, default_route
@@ -25,8 +25,8 @@ from gradjax.structs import ExampleResult, TokenizedExample
 # Tokens per batch: enough to fill the device's matrix units, little enough for its memory.
 _BATCH_TOKENS = {"cpu": 2048}
 _ACCELERATOR_BATCH_TOKENS = 16384
-# Shares of the device's memory that activations and whole gradients may take.
-_ACTIVATIONS_SHARE = 0.25
+# Shares of the device's memory that the dense path's intermediates and whole gradients may take.
+_INTERMEDIATES_SHARE = 0.25
 _GRADIENTS_SHARE = 0.15
 
 
@@ -36,70 +36,90 @@ def plan_rows(
     model: DecoderConfig,
     batch_tokens: int | None = None,
     devices: int = 1,
+    among: Sequence[int] | None = None,
 ) -> list[BatchPlan]:
-    """Batches of the `ok` examples; plans hold positions in `tokenized`.
+    """Batches of the `ok` examples; their rows are positions in `tokenized`.
 
     Args:
       batch_tokens: padded tokens per batch and device; by backend if None.
       devices: each has its share of a batch's examples.
+      among: the positions to choose from; all if None.
     """
-    usable = [i for i, t in enumerate(tokenized) if t.status == "ok"]
-    return _plan_positions(usable, tokenized, config, model, batch_tokens, devices)
+    among = range(len(tokenized)) if among is None else among
+    positions = [i for i in among if tokenized[i].status == "ok"]
+    layers = len(config.layer_numbers(model.num_layers)) if _holds_all_layers(config) else 2
+    plans = plan_batches(
+        [tokenized[i].num_tokens for i in positions],
+        batch_tokens or default_batch_tokens(),
+        _most_rows(model, layers),
+        devices,
+    )
+    return [
+        dataclasses.replace(plan, rows=tuple(positions[row] for row in plan.rows)) for plan in plans
+    ]
+
+
+def default_batch_tokens() -> int:
+    """Padded tokens per batch and device on this backend."""
+    return _BATCH_TOKENS.get(jax.default_backend(), _ACCELERATOR_BATCH_TOKENS)
+
+
+def unfinished(
+    plans: Sequence[BatchPlan],
+    finished: Collection[int],
+    plan_among: Callable[[list[int]], list[BatchPlan]],
+) -> list[BatchPlan]:
+    """Batches of the rows that are left.
+
+    A run that was stopped keeps the batches it had, so that its numbers come out the same to
+    the last bit; where they no longer fit (rows were added), the rest is batched anew.
+    """
+    done = frozenset(finished)
+    left = [plan for plan in plans if not done.issuperset(plan.rows)]
+    if any(done.intersection(plan.rows) for plan in left):
+        return plan_among(sorted(i for plan in left for i in plan.rows if i not in done))
+    return left
 
 
 def compute_results(
     decoder: Decoder,
     tokenized: Sequence[TokenizedExample],
     config: SpectraConfig,
-    batch_tokens: int | None = None,
-    finished: Collection[int] = (),
-    process: int = 0,
-    num_processes: int = 1,
+    plans: Sequence[BatchPlan],
 ) -> Iterator[list[ExampleResult]]:
-    """Results of the `ok` examples, one list per batch, in the order they are computed.
+    """Results of the planned examples, one list per batch.
 
-    While a list is being used, the devices work on the next batch.
+    They are those of this process's devices. While a list is being used, the devices work on the
+    next batch.
 
     Args:
-      tokenized: all examples of a run, so that one taken up again has the same batches.
-      batch_tokens: padded tokens per batch and device; by backend if None.
-      finished: positions in `tokenized` that are left out.
-      process: takes every `num_processes`-th batch from this one on.
+      tokenized: what the plans' rows are positions in.
+      plans: of `plan_rows`.
 
     Raises:
       GradjaxError: if a batch does not fit the device's memory.
     """
     mesh, model = decoder.mesh, decoder.config
-    layers = config.layer_numbers(model.num_layers)
-    planned = partial(
-        _plan_positions,
-        tokenized=tokenized,
-        config=config,
-        model=model,
-        batch_tokens=batch_tokens,
-        devices=mesh.size,
-    )
-    usable = [i for i, t in enumerate(tokenized) if t.status == "ok"]
-    plans = _unfinished(planned(usable)[process::num_processes], set(finished), planned)
     itemsize = decoder.embedding.dtype.itemsize
     with _decompose(config, mesh) as decompose:
         waiting: tuple[BatchPlan, Callable[[], list[RowSpectra]]] | None = None
         for plan in plans:
+            _, keep_activations = fitting_memory(model, config, plan, itemsize, dict(mesh.shape))
             settings = SpectraSettings(
-                layers=layers,
+                layers=config.layer_numbers(model.num_layers),
                 projections=config.projections,
                 similarity=config.similarity,
                 decompose=decompose,
-                keep_activations=_activations_fit(model, plan, mesh.size, layers, itemsize),
+                keep_activations=keep_activations,
                 dense_chunk=_dense_chunk(model, plan, mesh.size, itemsize),
             )
             with _memory_faults(plan):
                 wait = batch_spectra(decoder, make_batch(plan, tokenized), settings)
             if waiting:
-                yield _results(*waiting, tokenized, finished)
+                yield _results(*waiting, tokenized)
             waiting = plan, wait
         if waiting:
-            yield _results(*waiting, tokenized, finished)
+            yield _results(*waiting, tokenized)
 
 
 def check_vocabulary(tokenized: Sequence[TokenizedExample], config: DecoderConfig) -> None:
@@ -118,42 +138,6 @@ def resolved_route(config: SpectraConfig) -> Route:
     if config.spectrum_route == "auto":
         return default_route(jax.default_backend())
     return config.spectrum_route
-
-
-def _plan_positions(
-    positions: Sequence[int],
-    tokenized: Sequence[TokenizedExample],
-    config: SpectraConfig,
-    model: DecoderConfig,
-    batch_tokens: int | None,
-    devices: int,
-) -> list[BatchPlan]:
-    layers = len(config.layer_numbers(model.num_layers)) if _holds_all_layers(config) else 2
-    plans = plan_batches(
-        [tokenized[i].num_tokens for i in positions],
-        batch_tokens or _BATCH_TOKENS.get(jax.default_backend(), _ACCELERATOR_BATCH_TOKENS),
-        _most_rows(model, layers),
-        devices,
-    )
-    return [
-        dataclasses.replace(plan, rows=tuple(positions[row] for row in plan.rows)) for plan in plans
-    ]
-
-
-def _unfinished(
-    plans: list[BatchPlan],
-    finished: set[int],
-    planned: Callable[[list[int]], list[BatchPlan]],
-) -> list[BatchPlan]:
-    """Batches of the rows that are left.
-
-    A run that was stopped keeps the batches it had, so that its numbers come out the same to
-    the last bit; where they no longer fit (rows were added), the rest is batched anew.
-    """
-    left = [plan for plan in plans if not finished.issuperset(plan.rows)]
-    if any(finished.intersection(plan.rows) for plan in left):
-        return planned(sorted(i for plan in left for i in plan.rows if i not in finished))
-    return left
 
 
 @contextmanager
@@ -176,11 +160,10 @@ def _results(
     plan: BatchPlan,
     wait: Callable[[], list[RowSpectra]],
     tokenized: Sequence[TokenizedExample],
-    finished: Collection[int],
 ) -> list[ExampleResult]:
     with _memory_faults(plan):
         rows = wait()
-    return [_result(tokenized[row.row], row) for row in rows if row.row not in finished]
+    return [_result(tokenized[row.row], row) for row in rows]
 
 
 def _result(tokenized: TokenizedExample, row: RowSpectra) -> ExampleResult:
@@ -207,20 +190,12 @@ def _memory_faults(plan: BatchPlan) -> Iterator[None]:
         ) from error
 
 
-def _activations_fit(
-    config: DecoderConfig, plan: BatchPlan, devices: int, layers: tuple[int, ...], itemsize: int
-) -> bool:
-    tokens = plan.size // devices * plan.length
-    needed = tokens * activation_bytes(config, itemsize) * (config.num_layers - min(layers))
-    return needed <= _ACTIVATIONS_SHARE * device_memory()
-
-
 def _dense_chunk(config: DecoderConfig, plan: BatchPlan, devices: int, itemsize: int) -> int:
     """Examples to differentiate at a time: `jax.grad` keeps every intermediate of theirs."""
     scores = 4 * config.num_heads * plan.length * 4  # per token: float32, and its derivatives
     per_token = config.num_layers * (3 * activation_bytes(config, itemsize) + scores)
     per_token += 12 * config.vocab_size
-    fitting = int(_ACTIVATIONS_SHARE * device_memory() / (per_token * plan.length))
+    fitting = int(_INTERMEDIATES_SHARE * device_memory() / (per_token * plan.length))
     return min(max(fitting, 1), plan.size // devices)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from gradjax.errors import GradjaxError
+from gradjax.places import as_directory
 from gradjax.structs import PROJECTIONS, Projection
 
 PromptFormat = Literal["plain", "chat"]
@@ -15,6 +16,7 @@ Dtype = Literal["float32", "bfloat16"]
 SpectrumMethod = Literal["factored", "dense"]
 SpectrumRoute = Literal["auto", "gram", "qr"]
 LayerPairs = Literal["adjacent", "all", "none"]
+ProcessKind = Literal["independent", "sharded"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +103,17 @@ class RunConfig:
 
     model: str = "demo"
     data: tuple[str, ...] = ("demo",)
-    output_dir: Path | str | None = None  # None: runs/{model}
+    output_dir: Path | str | None = None  # a URL stays str; None: runs/{model}
     tokens: TokenSettings = dataclasses.field(default_factory=TokenSettings)
     spectra: SpectraConfig = dataclasses.field(default_factory=SpectraConfig)
     limit: int | None = None  # rows per group
     dtype: Dtype = "float32"
-    batch_tokens: int | None = None  # None: by backend
+    batch_tokens: int | None = None  # per device; None: by backend
+    mesh: str | None = None  # data:4,fsdp:2; None: all devices, by what fits
+    processes: ProcessKind = "independent"
+    coordinator_address: str | None = None  # HOST:PORT or auto; None: a single process
+    num_processes: int | None = None
+    process_id: int | None = None
     random_init: bool = False
     seed: int = 0
     store_singular_values: bool = True
@@ -115,11 +122,29 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))
         if self.output_dir is not None:
-            object.__setattr__(self, "output_dir", Path(self.output_dir).expanduser())
+            object.__setattr__(self, "output_dir", as_directory(self.output_dir))
         _require_choice("dtype", self.dtype, get_args(Dtype))
         for name in ("limit", "batch_tokens"):
             _require_at_least(name, getattr(self, name), 1)
         _require_at_least("seed", self.seed, 0)
+        _require_choice("processes", self.processes, get_args(ProcessKind))
+        self._require_processes()
+
+    def _require_processes(self) -> None:
+        numbers = (self.num_processes, self.process_id)
+        if self.coordinator_address in (None, "auto"):
+            if numbers != (None, None):
+                raise GradjaxError(
+                    "--num_processes and --process_id: expected only with --coordinator_address="
+                    f"HOST:PORT, found {self.coordinator_address or 'none'}"
+                )
+            return
+        if None in numbers or not 0 <= (self.process_id or 0) < (self.num_processes or 0):
+            raise GradjaxError(
+                f"--coordinator_address={self.coordinator_address}: expected with it the same "
+                "--num_processes=N for all and --process_id from 0 to N-1, found "
+                f"{self.num_processes} and {self.process_id}"
+            )
 
 
 Settings = TypeVar("Settings", TokenSettings, SpectraConfig, RunConfig)

@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 from absl import flags, logging
 
 from gradjax.errors import GradjaxError
+from gradjax.places import as_directory
 from gradjax.program import start
 from gradjax.store import read_manifest, read_table
 from gradjax.structs import PROJECTIONS
 
-RUN = "the directory that gradjax.main wrote"
+RUN = "the directory that gradjax.main wrote, or its URL (s3://, gs://)"
 flags.DEFINE_string("run", None, RUN, required=True)
 flags.DEFINE_enum("format", "reference", ["reference"], "format of the file")
 flags.DEFINE_string("group", None, "the group to export", required=True)
@@ -30,7 +31,7 @@ flags.DEFINE_string("output", None, "the .jsonl file to write", required=True)
 _CHUNK = 16
 
 
-def reference_rows(directory: Path, group: str) -> Iterator[dict[str, Any]]:
+def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]]:
     """The `ok` rows of a group as objects of the paper's reference code, in input order.
 
     Raises:
@@ -117,7 +118,7 @@ def _cosines(similarity: list[dict[str, Any]], settings: dict[str, Any]) -> dict
     }
 
 
-def export(directory: Path, group: str, output: Path) -> int:
+def export(directory: str | Path, group: str, output: Path) -> int:
     """Writes `reference_rows` as JSON lines, the whole file or none; returns their number.
 
     Raises:
@@ -144,7 +145,7 @@ def export(directory: Path, group: str, output: Path) -> int:
 def main(_: list[str]) -> None:
     """Exports and says how many rows went where."""
     output = Path(flags.FLAGS.output).expanduser()
-    count = export(Path(flags.FLAGS.run).expanduser(), flags.FLAGS.group, output)
+    count = export(as_directory(flags.FLAGS.run), flags.FLAGS.group, output)
     print(f"{count} rows in {output}")
 
 

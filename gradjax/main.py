@@ -30,7 +30,15 @@ SPECTRUM = """factored: exact, from token factors, at about the cost of a backwa
 dense: jax.grad per example and a whole SVD"""
 ROUTE = "of the factored path: gram in float64, qr in float32, auto by backend"
 SIMILARITY = "layer pairs whose gradients are compared, per projection"
-BATCH_TOKENS = "padded tokens computed at once (default: 2048 on a CPU, 16384 elsewhere)"
+BATCH_TOKENS = "padded tokens computed at once per device (default: 2048 on a CPU, else 16384)"
+PLAN = "print batches, memory per device, work and time, and end; reads no weights"
+MESH = """sizes of the axes data (examples), fsdp and tensor (both split the weights) whose product
+is the number of devices, as in data:4,fsdp:2 (default: data alone if the model fits one device,
+else fsdp alone)"""
+PROCESSES = """with several processes: the whole model in each, on its own devices, with its own
+rows (independent), or one model over the devices of all (sharded)"""
+COORDINATOR = """of several processes: HOST:PORT of process 0, the same for all, or auto on a TPU
+pod, under Slurm, Open MPI or Kubernetes"""
 RANDOM_INIT = "fresh weights of the model's shape instead of its own"
 STORE_VALUES = "store the singular values, not only what sums them up"
 
@@ -49,6 +57,12 @@ flags.DEFINE_string("layers", "all", "all, or numbers and ranges from 0, as in 0
 flags.DEFINE_list("projections", list(PROJECTIONS), "some of q,k,v,o")
 flags.DEFINE_enum("similarity", "adjacent", get_args(config.LayerPairs), SIMILARITY)
 flags.DEFINE_integer("batch_tokens", None, BATCH_TOKENS)
+flags.DEFINE_boolean("plan", False, PLAN)
+flags.DEFINE_string("mesh", None, MESH)
+flags.DEFINE_enum("processes", "independent", get_args(config.ProcessKind), PROCESSES)
+flags.DEFINE_string("coordinator_address", None, COORDINATOR)
+flags.DEFINE_integer("num_processes", None, "how many there are")
+flags.DEFINE_integer("process_id", None, "which one this is, from 0")
 flags.DEFINE_boolean("random_init", False, RANDOM_INIT)
 flags.DEFINE_integer("seed", 0, "of the fresh weights")
 flags.DEFINE_boolean("store_singular_values", True, STORE_VALUES)
@@ -66,11 +80,17 @@ def run_config() -> config.RunConfig:
 def main(_: list[str]) -> None:
     """Runs, then prints the table of groups and the store's path on standard output."""
     wanted = run_config()
-    from gradjax.run import run  # JAX is loaded once the flags are known to be right
-    from gradjax.summary import format_table, group_means, unused_rows
+    from gradjax.run import describe_plan, run  # JAX is loaded once the flags are known to be right
+    from gradjax.summary import format_table, group_means, rows_to_come, unused_rows
 
+    if flags.FLAGS.plan:
+        print(describe_plan(wanted))
+        return
     directory = run(wanted)
-    print("\n".join([format_table(group_means(directory)), *unused_rows(directory)]))
+    if missing := rows_to_come(directory):
+        print(f"This process is done; {missing} rows of the run's other processes are to come.")
+    else:
+        print("\n".join([format_table(group_means(directory)), *unused_rows(directory)]))
     print(f"\nThe store is in {directory}")
 
 

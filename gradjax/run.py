@@ -3,25 +3,35 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import numpy as np
 from absl import logging
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import gradjax
-from gradjax.compute import check_vocabulary, compute_results, resolved_route
+from gradjax.compute import (
+    check_vocabulary,
+    compute_results,
+    plan_rows,
+    resolved_route,
+    unfinished,
+)
 from gradjax.config import RunConfig
+from gradjax.data.batches import BatchPlan
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
 from gradjax.data.tokens import check_tokenizer, describe, tokenize
@@ -31,8 +41,12 @@ from gradjax.model.hf_config import read_config
 from gradjax.model.parameters import block_parameters
 from gradjax.model.pretrained import identity, load_weights
 from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
-from gradjax.store import Store, open_store
-from gradjax.structs import ExampleResult, TokenizedExample
+from gradjax.plan import Plan, estimated_seconds, fits, format_plan, make_plan, require_fit
+from gradjax.processes import Processes, join
+from gradjax.sharding import log_unsplit, make_mesh, parse_mesh
+from gradjax.spectra.decompose import decomposes_on_host
+from gradjax.store import FinishedRow, Key, Store, finished_rows, open_store
+from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
 
 # A shard is written when this much work has come together: less is lost when a run is killed,
 # more makes fewer files.
@@ -40,76 +54,229 @@ _FLUSH_SECONDS = 10.0
 _FLUSH_VALUES = 16_000_000  # singular values held in memory
 
 
-def run(config: RunConfig) -> Path:
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a run starts from, before any weight is read."""
+
+    checkpoint: Checkpoint
+    model: DecoderConfig
+    tokenizer: PreTrainedTokenizerFast
+    rows: dict[Source, list[object]]
+    tokenized: list[TokenizedExample]
+
+
+def run(config: RunConfig) -> str | Path:
     """Runs what the config asks for, or the rest of it; returns the store's directory.
 
-    Every input row is in the store's `examples/` when this returns.
+    Every input row is in the store's `examples/` when this returns, but for those of other
+    processes that still work (`summary.rows_to_come`).
 
     Raises:
       GradjaxError: for a fault of the run itself; rows finished before it stay.
     """
+    with join(
+        config.coordinator_address,
+        config.num_processes,
+        config.process_id,
+        sharded=config.processes == "sharded",
+    ) as processes:
+        return _run(config, processes)
+
+
+def _run(config: RunConfig, processes: Processes) -> str | Path:
     checkpoint = resolve(config.model, weights=not config.random_init)
-    decoder_config = read_config(checkpoint.directory)
-    config.spectra.layer_numbers(decoder_config.num_layers)  # refused before anything is read
-    tokenizer = load_tokenizer(checkpoint.directory)
-    check_tokenizer(tokenizer, config.tokens)
+    directory = config.output_dir or Path(f"runs/{checkpoint.name}")
+    known = {} if config.overwrite else finished_rows(directory)
+    inputs = read_inputs(config, checkpoint, known)
+    tokenized = inputs.tokenized
+    devices = processes.devices()
+    planned = lay_out(config, inputs, len(devices))
+    mesh = make_mesh(planned.mesh, devices)
+    log_unsplit(mesh, inputs.model)
+    log_first_example(tokenized, inputs.tokenizer)
 
-    rows = {source: read_rows(source, config.limit) for source in parse_data_flags(config.data)}
-    tokenized = [
-        tokenize(to_example(row, source.group, number), tokenizer, config.tokens)
-        for source, source_rows in rows.items()
-        for number, row in enumerate(source_rows)
-    ]
-    check_vocabulary(tokenized, decoder_config)
-    log_first_example(tokenized, tokenizer)
-
-    directory = Path(config.output_dir or f"runs/{checkpoint.name}")
-    settings = number_settings(config, checkpoint, decoder_config, tokenizer)
+    settings = number_settings(config, inputs)
     load = partial(
         load_weights,
         checkpoint.directory,
         config.dtype,
         random_init=config.random_init,
         seed=config.seed,
+        mesh=mesh,
     )
     # A run is replaced only by one whose model is sound.
     decoder = load() if config.overwrite else None
-    with open_store(directory, settings, overwrite=config.overwrite) as store:
+    with open_store(
+        directory,
+        settings,
+        overwrite=config.overwrite,
+        process=processes.index,
+        num_processes=processes.count,
+        barrier=processes.barrier,
+    ) as store:
+        store.write_manifest(manifest(config, settings, inputs, planned, store))
+        processes.part()
         finished = finished_positions(store, tokenized)
-        store.write_manifest(manifest(config, settings, checkpoint, decoder_config, rows, store))
-        store.append(
-            ExampleResult(t, t.status, t.reason)
-            for i, t in enumerate(tokenized)
-            if t.status != "ok" and i not in finished
-        )
-        left = [t for i, t in enumerate(tokenized) if t.status == "ok" and i not in finished]
+        # Sharded processes compute every batch together, independent ones take turns.
+        share = slice(None) if processes.sharded else slice(processes.index, None, processes.count)
+        batches = planned.batches[share]
+        if processes.index == 0:
+            store.append(
+                ExampleResult(t, t.status, t.reason)
+                for i, t in enumerate(tokenized)
+                if t.status != "ok" and i not in finished
+            )
+        plan_among = partial(_batches, config, inputs, mesh.size)
+        left = unfinished(batches, finished, plan_among)
+        waiting = [tokenized[row] for batch in left for row in batch.rows]
         logging.info(
             "%d rows: %d finished before, %d to compute, %d not usable",
             len(tokenized),
             len(finished),
-            len(left),
+            len(waiting),
             sum(t.status != "ok" for t in tokenized),
         )
         if left:
-            results = compute_results(
-                decoder or load(), tokenized, config.spectra, config.batch_tokens, finished
-            )
-            for shard in shards(with_progress(results, left)):
-                store.append(shard, singular_values=config.store_singular_values)
-        require_every_row(store, tokenized)
+            results = compute_results(decoder or load(), tokenized, config.spectra, left)
+            append_behind(store, shards(with_progress(results, waiting)), config)
+        processes.barrier()  # of sharded ones, which each hold some rows of every batch
+        there = finished_rows(directory)
+        mine = tokenized
+        if processes.count > 1 and not processes.sharded:
+            mine = [tokenized[row] for batch in batches for row in batch.rows]
+        require_rows(directory, mine, there)
     log_truncation(tokenized)
     return directory
+
+
+def describe_plan(config: RunConfig) -> str:
+    """What `--plan` prints; reads the model's config, its tokenizer and the data.
+
+    Raises:
+      GradjaxError: as `run`, and if the run would not fit.
+    """
+    inputs = read_inputs(config, resolve(config.model, weights=False), {})
+    planned = lay_out(config, inputs, devices=None)
+    return format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype))
+
+
+def read_inputs(
+    config: RunConfig, checkpoint: Checkpoint, known: Mapping[Key, FinishedRow]
+) -> _Inputs:
+    """The model's config, and the data as tokens; rows that are known keep only their length."""
+    model = read_config(checkpoint.directory)
+    config.spectra.layer_numbers(model.num_layers)  # refused before anything is read
+    tokenizer = load_tokenizer(checkpoint.directory)
+    check_tokenizer(tokenizer, config.tokens)
+    rows = {source: read_rows(source, config.limit) for source in parse_data_flags(config.data)}
+    tokenized = []
+    for source, source_rows in rows.items():
+        for number, row in enumerate(source_rows):
+            example = to_example(row, source.group, number)
+            found = known.get((source.group, number))
+            if found and found.row_hash == example.row_hash:
+                tokenized.append(_finished_before(example, found))
+            else:
+                tokenized.append(tokenize(example, tokenizer, config.tokens))
+    check_vocabulary(tokenized, model)
+    return _Inputs(checkpoint, model, tokenizer, rows, tokenized)
+
+
+def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
+    """A stand-in of the right length: batches stay what they were, and this row is in none."""
+    computed = found.status in ("ok", "non_finite")
+    return TokenizedExample(
+        example,
+        np.broadcast_to(np.int32(0), found.num_tokens),
+        np.broadcast_to(np.bool_(False), found.num_tokens),
+        status="ok" if computed else cast(Status, found.status),
+    )
+
+
+def lay_out(config: RunConfig, inputs: _Inputs, devices: int | None) -> Plan:
+    """The mesh and the batches of a run, checked to fit.
+
+    Without `--mesh` it is `data` over all devices where the model fits one of them, else `fsdp`.
+    `devices` None is for planning only: those of this process, or as many as `--mesh` names.
+
+    Raises:
+      GradjaxError: if it does not fit, with the flag that would help.
+    """
+
+    def plan(mesh: dict[str, int], **changes: Any) -> Plan:
+        changed = dataclasses.replace(config, **changes)
+        batches = _batches(changed, inputs, math.prod(mesh.values()))
+        longest = changed.tokens.max_length
+        cut = [dataclasses.replace(b, length=min(b.length, longest)) for b in batches]
+        return make_plan(inputs.model, config.spectra, inputs.tokenized, cut, changed.dtype, mesh)
+
+    count = devices or jax.local_device_count()
+    split = parse_mesh(f"fsdp:{count}")
+    if config.mesh:
+        chosen = plan(parse_mesh(config.mesh))
+    else:
+        chosen = plan(parse_mesh(f"data:{count}"))
+        if count > 1 and not fits(chosen):
+            chosen = plan(split)
+    mesh = chosen.mesh
+    require_fit(
+        chosen,
+        {
+            "--batch_tokens=1 (one row at a time)": lambda: plan(mesh, batch_tokens=1),
+            f"--mesh=fsdp:{count}": lambda: plan(split),
+            "--dtype=bfloat16": lambda: plan(mesh, dtype="bfloat16"),
+            "--dtype=bfloat16 --batch_tokens=1": lambda: plan(
+                mesh, dtype="bfloat16", batch_tokens=1
+            ),
+            **{
+                f"--max_length={length} --batch_tokens=1": partial(
+                    plan,
+                    mesh,
+                    batch_tokens=1,
+                    tokens=dataclasses.replace(config.tokens, max_length=length),
+                )
+                for length in (16384, 8192, 4096, 2048, 1024)
+            },
+        },
+    )
+    return chosen
+
+
+def _batches(
+    config: RunConfig, inputs: _Inputs, devices: int, among: Sequence[int] | None = None
+) -> list[BatchPlan]:
+    batch_tokens = config.batch_tokens
+    return plan_rows(inputs.tokenized, config.spectra, inputs.model, batch_tokens, devices, among)
+
+
+def append_behind(store: Store, written: Iterator[list[ExampleResult]], config: RunConfig) -> None:
+    """Writes each shard in a thread of its own while the next one is computed."""
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for shard in written:
+            if writing:
+                writing.result()
+            writing = writer.submit(
+                store.append, shard, singular_values=config.store_singular_values
+            )
+        if writing:
+            writing.result()
 
 
 def log_first_example(
     tokenized: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Shows one usable example as the model sees it, its target tokens marked."""
-    first = next((t for t in tokenized if t.status == "ok"), None)
-    if first is None:
+    if not any(t.status == "ok" for t in tokenized):
         logging.warning("No row is usable; see the statuses in examples/")
-    else:
+    first = next((t for t in tokenized if t.status == "ok" and t.num_target_tokens), None)
+    if first:
         logging.info("First usable example:\n%s", describe(first, tokenizer))
+
+
+def key_of(tokenized: TokenizedExample) -> Key:
+    """What a row is called in the store."""
+    return tokenized.example.group, tokenized.example.example_id
 
 
 def finished_positions(store: Store, tokenized: Sequence[TokenizedExample]) -> set[int]:
@@ -130,7 +297,7 @@ def finished_positions(store: Store, tokenized: Sequence[TokenizedExample]) -> s
                     "data or --limit leaves out; give all of it, another --output_dir, or "
                     "--overwrite to replace the run"
                 )
-        elif tokenized[position].example.row_hash != found:
+        elif tokenized[position].example.row_hash != found.row_hash:
             raise GradjaxError(
                 f"{store.directory} holds another row {example_id} of group {group} than the data "
                 "has now; give the same data, another --output_dir, or --overwrite"
@@ -187,12 +354,14 @@ def shards(batches: Iterator[list[ExampleResult]]) -> Iterator[list[ExampleResul
         yield held
 
 
-def require_every_row(store: Store, tokenized: Sequence[TokenizedExample]) -> None:
-    """Raises GradjaxError unless the store accounts for every row."""
-    missing = sum((t.example.group, t.example.example_id) not in store.finished for t in tokenized)
+def require_rows(
+    directory: str | Path, rows: Sequence[TokenizedExample], there: Collection[Key]
+) -> None:
+    """Raises GradjaxError unless all of the rows are there."""
+    missing = sum(key_of(row) not in there for row in rows)
     if missing:
         raise GradjaxError(
-            f"{store.directory} lacks {missing} of {len(tokenized)} rows although the run has "
+            f"{directory} lacks {missing} of {len(rows)} rows although the run has "
             "ended; run the same command again, and report this as a bug if it persists"
         )
 
@@ -204,19 +373,15 @@ def log_truncation(tokenized: Sequence[TokenizedExample]) -> None:
         logging.warning("%s: %d rows cut at --max_length", group, count)
 
 
-def number_settings(
-    config: RunConfig,
-    checkpoint: Checkpoint,
-    decoder_config: DecoderConfig,
-    tokenizer: PreTrainedTokenizerFast,
-) -> dict[str, Any]:
+def number_settings(config: RunConfig, inputs: _Inputs) -> dict[str, Any]:
     """What the numbers of a run depend on, beside its rows: equal, or not the same run."""
+    tokenizer, num_layers = inputs.tokenizer, inputs.model.num_layers
     template = str(tokenizer.chat_template or "")
     return {
         "model": (
-            f"random weights, seed {config.seed}: {_sha256(repr(decoder_config))}"
+            f"random weights, seed {config.seed}: {_sha256(repr(inputs.model))}"
             if config.random_init
-            else identity(checkpoint)
+            else identity(inputs.checkpoint)
         ),
         "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
         "template": _sha256(template) if config.tokens.prompt_format == "chat" else None,
@@ -226,7 +391,7 @@ def number_settings(
         "spectrum_route": (
             resolved_route(config.spectra) if config.spectra.spectrum == "factored" else None
         ),
-        "layers": list(config.spectra.layer_numbers(decoder_config.num_layers)),
+        "layers": list(config.spectra.layer_numbers(num_layers)),
         "projections": list(config.spectra.projections),
         "similarity": config.spectra.similarity,
         "store_singular_values": config.store_singular_values,
@@ -236,12 +401,12 @@ def number_settings(
 def manifest(
     config: RunConfig,
     settings: dict[str, Any],
-    checkpoint: Checkpoint,
-    decoder_config: DecoderConfig,
-    rows: dict[Source, list[object]],
+    inputs: _Inputs,
+    planned: Plan,
     store: Store,
 ) -> dict[str, Any]:
     """`run.json`: what was run, on what, with what."""
+    checkpoint = inputs.checkpoint
     flags = {
         **dataclasses.asdict(config.tokens),
         **dataclasses.asdict(config.spectra),
@@ -262,7 +427,7 @@ def manifest(
             "revision": checkpoint.revision,
         },
         "gradient_shapes": {
-            projection: block_parameters(decoder_config, layer=0)[projection].shape(decoder_config)
+            projection: block_parameters(inputs.model, layer=0)[projection].shape(inputs.model)
             for projection in config.spectra.projections
         },
         # Groups of an earlier call stay: groups may be added to a run.
@@ -273,7 +438,7 @@ def manifest(
                 "rows": len(source_rows),
                 "hash": data_hash(source_rows),
             }
-            for source, source_rows in rows.items()
+            for source, source_rows in inputs.rows.items()
         },
         "versions": {
             "gradjax": gradjax.__version__,
@@ -284,6 +449,8 @@ def manifest(
             "platform": jax.default_backend(),
             "kind": jax.devices()[0].device_kind,
             "count": jax.device_count(),
+            "mesh": planned.mesh,
+            "decompositions": ("host" if decomposes_on_host(jax.default_backend()) else "device"),
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "git_revision": _git_revision(),

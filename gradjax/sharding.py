@@ -10,7 +10,7 @@ plain matrix products.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,18 +72,22 @@ def one_device() -> Mesh:
     return make_mesh({}, jax.local_devices()[:1])
 
 
-def weight_spec(mesh: Mesh, config: DecoderConfig, parameter: Parameter) -> PartitionSpec:
-    """Which mesh axis each axis of a weight is split along: none that does not divide it."""
+def split_axes(
+    sizes: Mapping[str, int], config: DecoderConfig, parameter: Parameter
+) -> tuple[str | None, ...]:
+    """The mesh axis that each axis of a weight is split along, None where it stays whole."""
     shape = parameter.shape(config)
     if len(shape) == 1:
-        return EVERYWHERE
+        return (None,)
     axes = (_RULES[axis] for axis in parameter.axes)
-    return PartitionSpec(
-        *(
-            axis if size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=True)
-        )
+    return tuple(
+        axis if size % sizes[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
     )
+
+
+def weight_spec(mesh: Mesh, config: DecoderConfig, parameter: Parameter) -> PartitionSpec:
+    """Which mesh axis each axis of a weight is split along: none that does not divide it."""
+    return PartitionSpec(*split_axes(mesh.shape, config, parameter))
 
 
 def weight_sharding(mesh: Mesh, config: DecoderConfig, parameter: Parameter) -> NamedSharding:

@@ -1,27 +1,27 @@
 """The store: one manifest and three Parquet tables, written in whole shards.
 
 A shard of `examples/` is what makes rows finished: it is put in place after the shards of the
-same name in `spectra/` and `similarity/`, and what those hold without it is removed when the
-run is taken up again. Every file is written under `.tmp/`, flushed to disk and renamed.
+same name in `spectra/` and `similarity/`, and what those hold without it is neither read nor
+kept when the run is taken up again. Several processes of a run write shards of their own.
 """
 
-import dataclasses
-import errno
-import fcntl
+import io
+import itertools
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from gradjax.errors import GradjaxError
+from gradjax.places import LocalPlace, RemotePlace, open_place
 from gradjax.structs import ExampleResult
 
 TABLES: dict[str, pa.Schema] = {
@@ -86,185 +86,220 @@ MANIFEST = "run.json"
 Key = tuple[str, int]  # group, example_id
 
 
-class Store:
-    """A run's directory, held by one writer. Made by `open_store`."""
+class FinishedRow(NamedTuple):
+    """What the store knows of a row that need not be computed again."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], finished: dict[Key, str]):
-        self.directory = directory
+    row_hash: str
+    status: str
+    num_tokens: int
+
+
+class Store:
+    """A run's directory, held by one process of one run. Made by `open_store`."""
+
+    def __init__(
+        self,
+        place: LocalPlace | RemotePlace,
+        manifest: dict[str, Any],
+        finished: dict[Key, FinishedRow],
+        shard_names: Iterator[str],
+        process: int,
+        barrier: Callable[[], None],
+    ):
+        self.directory = place.directory  # a URL as str
         self.manifest = manifest  # empty for a new run
-        self.finished = finished  # row hash by key
+        self.finished = finished  # when opened, and what this process has appended
+        self._place = place
+        self._shard_names = shard_names
+        self._process = process
+        self._barrier = barrier
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Replaces `run.json`, whole."""
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        with self._placed(self.directory / MANIFEST) as path:
-            path.write_text(text, encoding="utf-8")
+        """Replaces `run.json`, whole, by what process 0 gives.
+
+        Every process calls it before its first `append`: a run with tables has a manifest.
+        """
+        if self._process == 0:
+            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+            self._place.put(MANIFEST, text.encode())
+        self._barrier()  # also: all hold the place, and know what was finished
 
     def append(self, results: Iterable[ExampleResult], *, singular_values: bool = True) -> None:
         """Adds one shard per table; the rows count as finished once this returns.
 
         Raises:
-          GradjaxError: if the disk does not take it; what was finished before stays.
+          GradjaxError: if the disk or the object store does not take it, or another run may have
+            taken the place over; what was finished before stays.
         """
         results = list(results)
         if not results:
             return
-        number = 1 + max(
-            (int(path.stem) for path in _shards(self.directory, "examples")), default=-1
-        )
-        columns = {
-            "spectra": _spectra_rows(results, singular_values),
-            "similarity": _similarity_rows(results),
-            "examples": _example_rows(results),  # last: makes the others count
+        name = next(self._shard_names)
+        tables = {
+            "spectra": _spectra_table(results, singular_values),
+            "similarity": _similarity_table(results),
+            "examples": _examples_table(results),  # last: makes the others count
         }
-        for table, rows in columns.items():
-            data = pa.Table.from_pylist(rows, TABLES[table])
-            with self._placed(self.directory / table / f"{number:06d}.parquet") as path:
-                pq.write_table(data, path, **_ENCODINGS[table])
-        self.finished |= {_key(r): r.tokenized.example.row_hash for r in results}
-
-    @contextmanager
-    def _placed(self, target: Path) -> Iterator[Path]:
-        """A temporary path that becomes `target` at once, after its bytes are on disk."""
-        temporary = self.directory / ".tmp" / target.name
-        try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(target)
-            _sync_directory(target.parent)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _disk_fault(self.directory, error) from error
+        for table, data in tables.items():
+            shard = io.BytesIO()
+            pq.write_table(data, shard, **_ENCODINGS[table])
+            self._place.put(f"{table}/{name}", shard.getvalue())
+        self.finished |= {
+            _key(r): FinishedRow(r.tokenized.example.row_hash, r.status, r.tokenized.num_tokens)
+            for r in results
+        }
 
 
 @contextmanager
 def open_store(
-    directory: Path, settings: dict[str, Any], *, overwrite: bool = False
+    directory: str | Path,
+    settings: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    process: int = 0,
+    num_processes: int = 1,
+    barrier: Callable[[], None] = lambda: None,
 ) -> Iterator[Store]:
     """Takes a run's directory for writing: a new one, or one to go on with.
 
+    Several processes of one run open it together: process 0 prepares it, the others come in, and
+    all of them see the same `finished` rows. Until the last of them has left, or was killed, no
+    other run comes in. The next run may have another number of processes.
+
     Args:
-      directory: made if missing.
+      directory: a path, or a URL of an object store (`s3://bucket/run`); made if missing.
       settings: what the numbers depend on; must equal the `settings` of a manifest that is
         there already.
       overwrite: starts anew, removing the tables of an earlier run.
+      process: which of the run's processes this is, from 0.
+      num_processes: how many open the store together.
+      barrier: returns once all of them have called it: here, and in `write_manifest`.
 
     Raises:
-      GradjaxError: if another process writes there, if the directory holds something else, if
+      GradjaxError: if another run writes there, if the directory holds something else, if
         the settings differ (each is named), or if it cannot be written.
     """
-    try:
-        _require_run_or_nothing(directory)
-        (directory / ".tmp").mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".tmp" / "lock").open("a+")
-    except OSError as error:
-        raise _disk_fault(directory, error) from error
-    with lock:
-        try:
-            _take(lock, directory)
-            manifest = _prepare(directory, settings, overwrite)
-            finished = _finished(directory)
-        except OSError as error:
-            raise _disk_fault(directory, error) from error
-        yield Store(directory, manifest, finished)
+    place = open_place(directory)
+    if process == 0:
+        _require_run_or_nothing(place)
+    else:
+        barrier()  # process 0 has prepared it
+    with place.lock(process):
+        if process == 0:
+            _prepare(place, settings, overwrite)
+            barrier()
+        manifest, finished = _manifest(place) or {}, finished_rows(directory)
+        suffix = f"-{process:04d}" if num_processes > 1 else ""
+        names = _shard_names(_shards(place, "examples"), suffix)
+        yield Store(place, manifest, finished, names, process, barrier)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a run.
 
     Raises:
       GradjaxError: if the directory holds none.
     """
-    path = directory / MANIFEST
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    manifest = _manifest(open_place(directory))
+    if manifest is None:
         raise GradjaxError(
             f"{directory} is not a gradjax run: it has no {MANIFEST}; give the directory that "
             "gradjax.main wrote (--output_dir)"
-        ) from None
-    except ValueError as error:
-        raise GradjaxError(f"{path} is not valid JSON ({error}); restore it or run anew") from error
+        )
+    return manifest
 
 
 def read_table(
-    directory: Path,
+    directory: str | Path,
     table: str,
     columns: list[str] | None = None,
     where: pc.Expression | None = None,
 ) -> pa.Table:
-    """A table of a run, all shards; no rows where there are none yet.
+    """A table of a run: the rows of finished examples, none where there are none yet.
 
     Args:
-      directory: the run's.
+      directory: the run's, a path or a URL.
       table: `examples`, `spectra` or `similarity`.
       columns: which; all if None.
       where: a filter over the columns.
+
+    Raises:
+      GradjaxError: if a shard cannot be read.
     """
-    shards = [str(path) for path in _shards(directory, table)]
-    return ds.dataset(shards, schema=TABLES[table], format="parquet").to_table(columns, where)
+    place = open_place(directory)
+    shards = [place.path(f"{table}/{name}") for name in _shards(place, "examples")]
+    with place.faults("read"):
+        try:
+            return ds.dataset(
+                shards, schema=TABLES[table], format="parquet", filesystem=place.filesystem
+            ).to_table(columns, where)
+        except pa.ArrowInvalid as error:
+            raise GradjaxError(
+                f"{directory} has a damaged file in {table} ({error}); restore it, or run anew "
+                "with --overwrite"
+            ) from error
 
 
-def _require_run_or_nothing(directory: Path) -> None:
-    """Raises GradjaxError where a directory holds anything but a run; leaves it untouched."""
-    if (directory / MANIFEST).exists() or not directory.exists():
-        return
-    strangers = sorted(p.name for p in directory.iterdir() if p.name not in (".tmp", *TABLES))
-    if strangers or any(_shards(directory, table) for table in TABLES):
+def finished_rows(directory: str | Path) -> dict[Key, FinishedRow]:
+    """The rows that a store holds now, whoever wrote them.
+
+    Raises:
+      GradjaxError: if a shard cannot be read.
+    """
+    columns = ["group", "example_id", *FinishedRow._fields]
+    table = read_table(directory, "examples", columns)
+    groups, ids, *rest = (table[name].to_pylist() for name in columns)
+    return dict(
+        zip(
+            zip(groups, ids, strict=True),
+            map(FinishedRow._make, zip(*rest, strict=True)),
+            strict=True,
+        )
+    )
+
+
+def _manifest(place: LocalPlace | RemotePlace) -> dict[str, Any] | None:
+    text = place.read(MANIFEST)
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
         raise GradjaxError(
-            f"{directory} is not empty and not a gradjax run (found "
+            f"{place.directory}/{MANIFEST} is not valid JSON ({error}); restore it or run anew"
+        ) from error
+
+
+def _require_run_or_nothing(place: LocalPlace | RemotePlace) -> None:
+    """Raises GradjaxError where a directory holds anything but a run; leaves it untouched."""
+    # Looked at first: a run that is just being started writes its manifest before its tables.
+    tables = any(_shards(place, table) for table in TABLES)
+    found = place.names()
+    if MANIFEST in found:
+        return
+    strangers = [name for name in found if name not in (".tmp", *TABLES)]
+    if strangers or tables:
+        raise GradjaxError(
+            f"{place.directory} is not empty and not a gradjax run (found "
             f"{', '.join(strangers[:3]) or 'tables without ' + MANIFEST}); give an empty or "
             "new directory with --output_dir"
         )
 
 
-def _take(lock: Any, directory: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise GradjaxError(
-            f"{directory} is being written by process {lock.read().strip() or 'unknown'}; wait "
-            "for it, or give another --output_dir"
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+def _prepare(place: LocalPlace | RemotePlace, settings: dict[str, Any], overwrite: bool) -> None:
+    """Leaves only finished shards, of a run with these settings."""
+    if overwrite:
+        for table in TABLES:  # examples first, as in any store what other tables hold alone is void
+            place.remove(f"{table}/{name}" for name in place.names(table))
+        place.remove({MANIFEST} & set(place.names()))
+    elif (manifest := _manifest(place)) is not None:
+        _require_same(place.directory, settings, manifest.get("settings", {}))
 
-
-def _prepare(directory: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Leaves only finished shards; returns the manifest of the run that is there, if any."""
-    manifest: dict[str, Any] = {}
-    if (directory / MANIFEST).exists():
-        if overwrite:
-            for table in TABLES:
-                shutil.rmtree(directory / table, ignore_errors=True)
-            (directory / MANIFEST).unlink()
-        else:
-            manifest = read_manifest(directory)
-            _require_same(directory, settings, manifest.get("settings", {}))
-
-    for leftover in (directory / ".tmp").iterdir():
-        if leftover.name != "lock":
-            leftover.unlink()
-    for table in TABLES:
-        (directory / table).mkdir(exist_ok=True)
-    whole = {path.name for path in _shards(directory, "examples")}
+    place.make_folders(TABLES)
+    whole = set(_shards(place, "examples"))
     for table in ("spectra", "similarity"):
-        for path in _shards(directory, table):
-            if path.name not in whole:
-                path.unlink()
-    return manifest
+        place.remove(f"{table}/{name}" for name in _shards(place, table) if name not in whole)
 
 
-def _finished(directory: Path) -> dict[Key, str]:
-    """The rows that the store holds, and their hashes."""
-    rows = read_table(directory, "examples", ["group", "example_id", "row_hash"]).to_pylist()
-    return {(row["group"], row["example_id"]): row["row_hash"] for row in rows}
-
-
-def _require_same(directory: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
+def _require_same(directory: str | Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
     differing = [
         f"{name} ({found.get(name)!r} there, {settings.get(name)!r} now)"
         for name in sorted({*settings, *found})
@@ -277,28 +312,14 @@ def _require_same(directory: Path, settings: dict[str, Any], found: dict[str, An
         )
 
 
-def _shards(directory: Path, table: str) -> list[Path]:
-    return sorted((directory / table).glob("*.parquet"))
+def _shards(place: LocalPlace | RemotePlace, table: str) -> list[str]:
+    return [name for name in place.names(table) if name.endswith(".parquet")]
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _disk_fault(directory: Path, error: OSError) -> GradjaxError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return GradjaxError(
-            f"the disk is full ({error.strerror}) while writing to {directory}; finished rows are "
-            "kept: free some space and run the same command again"
-        )
-    return GradjaxError(
-        f"cannot write to {directory} ({error.strerror or error}); give a writable directory "
-        "with --output_dir"
-    )
+def _shard_names(shards: Iterable[str], suffix: str) -> Iterator[str]:
+    """Names that no shard has yet, nor will have from a process with another suffix."""
+    last = max((int(re.split("[-.]", name)[0]) for name in shards), default=-1)
+    return (f"{number:06d}{suffix}.parquet" for number in itertools.count(last + 1))
 
 
 def _key(result: ExampleResult) -> Key:
@@ -306,45 +327,47 @@ def _key(result: ExampleResult) -> Key:
     return example.group, example.example_id
 
 
-def _example_rows(results: list[ExampleResult]) -> list[dict[str, Any]]:
-    return [
+def _examples_table(results: Sequence[ExampleResult]) -> pa.Table:
+    rows = [(result.tokenized.example, result.tokenized, result) for result in results]
+    return pa.table(
         {
-            "group": result.tokenized.example.group,
-            "example_id": result.tokenized.example.example_id,
-            "row_hash": result.tokenized.example.row_hash,
-            "status": result.status,
-            "reason": result.reason or None,
-            "instruction": result.tokenized.example.instruction,
-            "output": result.tokenized.example.output,
-            "num_tokens": result.tokenized.num_tokens,
-            "num_target_tokens": result.tokenized.num_target_tokens,
-            "truncated": result.tokenized.truncated,
-            "loss": result.loss,
-        }
-        for result in results
-    ]
+            "group": [e.group for e, _, _ in rows],
+            "example_id": [e.example_id for e, _, _ in rows],
+            "row_hash": [e.row_hash for e, _, _ in rows],
+            "status": [r.status for _, _, r in rows],
+            "reason": [r.reason or None for _, _, r in rows],
+            "instruction": [e.instruction for e, _, _ in rows],
+            "output": [e.output for e, _, _ in rows],
+            "num_tokens": [t.num_tokens for _, t, _ in rows],
+            "num_target_tokens": [t.num_target_tokens for _, t, _ in rows],
+            "truncated": [t.truncated for _, t, _ in rows],
+            "loss": [r.loss for _, _, r in rows],
+        },
+        TABLES["examples"],
+    )
 
 
-def _spectra_rows(results: list[ExampleResult], singular_values: bool) -> list[dict[str, Any]]:
-    rows = []
-    for result in results:
-        group, example_id = _key(result)
-        for spectrum in result.spectra:
-            row = {
-                field.name: getattr(spectrum, field.name) for field in dataclasses.fields(spectrum)
-            }
-            if not singular_values:
-                row["singular_values"] = None
-            rows.append({"group": group, "example_id": example_id, **row})
-    return rows
+def _spectra_table(results: Sequence[ExampleResult], singular_values: bool) -> pa.Table:
+    rows = [(_key(result), spectrum) for result in results for spectrum in result.spectra]
+    lists = pa.nulls(len(rows))
+    if singular_values:
+        values = [spectrum.singular_values for _, spectrum in rows]
+        offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+        flat = np.concatenate([np.zeros(0, np.float32), *values], dtype=np.float32)
+        lists = pa.ListArray.from_arrays(offsets, flat)
+    return pa.table(_columns("spectra", rows) | {"singular_values": lists}, TABLES["spectra"])
 
 
-def _similarity_rows(results: list[ExampleResult]) -> list[dict[str, Any]]:
-    rows = []
-    for result in results:
-        group, example_id = _key(result)
-        for similarity in result.similarity:
-            rows.append(
-                {"group": group, "example_id": example_id, **dataclasses.asdict(similarity)}
-            )
-    return rows
+def _similarity_table(results: Sequence[ExampleResult]) -> pa.Table:
+    rows = [(_key(result), similarity) for result in results for similarity in result.similarity]
+    return pa.table(_columns("similarity", rows), TABLES["similarity"])
+
+
+def _columns(table: str, rows: Sequence[tuple[Key, Any]]) -> dict[str, Any]:
+    """A table's columns but lists, from the objects that are its rows."""
+    names = [f.name for f in TABLES[table] if not pa.types.is_list(f.type)][2:]
+    return {
+        "group": [group for (group, _), _ in rows],
+        "example_id": [example_id for (_, example_id), _ in rows],
+        **{name: [getattr(row, name) for _, row in rows] for name in names},
+    }

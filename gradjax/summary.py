@@ -9,7 +9,7 @@ from gradjax.store import read_manifest, read_table
 _NUMBERS = {"nuclear_norm": "nuclear norm", "effective_rank": "effective rank"}
 
 
-def group_means(directory: Path) -> pd.DataFrame:
+def group_means(directory: str | Path) -> pd.DataFrame:
     """Group by group: mean nuclear norm and effective rank of each projection, and mean loss.
 
     A number is the mean over `ok` examples per layer and projection, then over layers (the
@@ -34,7 +34,13 @@ def group_means(directory: Path) -> pd.DataFrame:
     return table
 
 
-def unused_rows(directory: Path) -> list[str]:
+def rows_to_come(directory: str | Path) -> int:
+    """How many of a run's input rows it does not hold yet."""
+    rows = sum(data["rows"] for data in read_manifest(directory)["data"].values())
+    return rows - read_table(directory, "examples", ["example_id"]).num_rows
+
+
+def unused_rows(directory: str | Path) -> list[str]:
     """One line per group and status other than `ok`: how many rows have it."""
     examples = read_table(directory, "examples", ["group", "status"]).to_pandas()
     counts = examples[examples.status != "ok"].value_counts(sort=False).sort_index()

@@ -1,20 +1,17 @@
 """Whole runs of the embedded model: every row accounted for, whatever happens to the process."""
 
 import dataclasses
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 
 import gradjax
@@ -25,7 +22,6 @@ from gradjax.demo.problems import demo_rows
 from gradjax.errors import GradjaxError
 from gradjax.run import run
 from gradjax.store import TABLES, open_store, read_table
-from gradjax.structs import Example, ExampleResult, Similarity, Spectrum, TokenizedExample
 from gradjax.summary import format_table, group_means, unused_rows
 
 pytestmark = pytest.mark.smoke
@@ -163,94 +159,6 @@ def test_full_disk_stops_clearly_and_the_run_goes_on_later(uninterrupted, tmp_pa
     pd.testing.assert_series_equal(
         frames["examples"]["row_hash"], tables(expected)["examples"]["row_hash"]
     )
-
-
-@pytest.mark.parametrize("moment", range(2, 11, 2))
-def test_killed_between_any_two_files(moment, uninterrupted, tmp_path):
-    """The process ends after its `moment`-th file is in place: tables of one shard disagree."""
-    expected, _ = uninterrupted
-    directory = tmp_path / "run"
-    settings = json.loads((expected / "run.json").read_text())["settings"]
-    results = stored_results(expected)
-    with pytest.raises(KeyboardInterrupt):
-        append_until_killed(directory, settings, results, moment)
-    with open_store(directory, settings) as store:
-        keys = set(store.finished)
-        assert len(keys) in (0, 12, 24, 36)
-        for table in TABLES:
-            frame = read_table(directory, table).to_pandas()
-            assert set(zip(frame.group, frame.example_id, strict=True)) == keys
-        left = [r for r in results if _key(r) not in keys]
-        store.append(left)
-    for table, frame in tables(directory).items():
-        pd.testing.assert_frame_equal(frame, tables(expected)[table], check_exact=True)
-
-
-def append_until_killed(directory, settings, results, moment):
-    placed = []
-    with open_store(directory, settings) as store:
-        place = store._placed
-
-        @contextmanager
-        def until_killed(target):
-            with place(target) as path:
-                yield path
-            placed.append(target)
-            if len(placed) == moment:
-                raise KeyboardInterrupt
-
-        store._placed = until_killed
-        store.write_manifest({"settings": settings, "data": {}})
-        for first in range(0, 36, 12):
-            store.append(results[first : first + 12])
-
-
-def _key(result):
-    return result.tokenized.example.group, result.tokenized.example.example_id
-
-
-def stored_results(directory: Path) -> list[ExampleResult]:
-    """A store's rows as the results they were written from."""
-    frames = {table: read_table(directory, table).to_pylist() for table in TABLES}
-    parts: dict = {}
-    for table, kind in (("spectra", Spectrum), ("similarity", Similarity)):
-        for row in frames[table]:
-            key = row.pop("group"), row.pop("example_id")
-            if "singular_values" in row:
-                row["singular_values"] = np.array(row["singular_values"], np.float32)
-            parts.setdefault((table, key), []).append(kind(**row))
-    results = []
-    for row in frames["examples"]:
-        key = row["group"], row["example_id"]
-        texts = row["instruction"], row["output"]
-        example = Example(*key, row["row_hash"], *texts)
-        tokens, targets = row["num_tokens"], row["num_target_tokens"]
-        tokenized = TokenizedExample(
-            example, np.zeros(tokens, np.int32), np.arange(tokens) < targets, row["truncated"]
-        )
-        rest = tuple(parts["spectra", key]), tuple(parts["similarity", key])
-        results.append(ExampleResult(tokenized, row["status"], "", row["loss"], *rest))
-    return results
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_disk_without_space(table, tmp_path, monkeypatch):
-    """Each table in turn finds the disk full; what was written of the shard does not count."""
-    write = pq.write_table
-
-    def fail(data, path, **options):
-        if data.schema.equals(TABLES[table]):
-            Path(path).write_bytes(b"PAR1 half a shard")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(data, path, **options)
-
-    monkeypatch.setattr("pyarrow.parquet.write_table", fail)
-    with pytest.raises(GradjaxError, match=r"the disk is full .* run the same command again"):
-        run(config(tmp_path / "run", limit=1))
-    monkeypatch.undo()
-    frames = tables(run(config(tmp_path / "run", limit=1)))
-    assert len(frames["examples"]) == 3
-    assert len(frames["spectra"]) == 3 * 2 * 4
 
 
 def test_second_writer_is_refused(tmp_path):

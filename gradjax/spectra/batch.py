@@ -29,7 +29,7 @@ from gradjax.structs import (
 )
 
 # Layers whose spectra may still be in the making: bounds the factors that are alive.
-_LAYERS_AHEAD = 2
+LAYERS_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,8 @@ def batch_spectra(
         if settings.similarity != "none":
             kept.append(layer)
         measured.appendleft(_Measured(layer.index, entries, layer.wait_for_values))
-        if len(measured) > _LAYERS_AHEAD:
-            measured[_LAYERS_AHEAD].wait_for_values()
+        if len(measured) > LAYERS_AHEAD:
+            measured[LAYERS_AHEAD].wait_for_values()
     return partial(_rows, model.mesh, batch, losses, measured, cosines, settings)
 
 

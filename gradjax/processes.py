@@ -1,0 +1,111 @@
+"""Several processes of one run: which one this is, and how they wait for each other.
+
+Independent processes each hold the whole model on their own devices and take rows of their own.
+They meet only when the store is opened, and then part: one that dies takes no other with it.
+Sharded processes hold one model together, on all their devices, and live and die together.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from absl import logging
+from jax._src import distributed  # what `initialize` found out is not public
+
+from gradjax.errors import GradjaxError
+
+AUTO = "auto"
+_TIMEOUT_SECONDS = 3600  # of waiting for the slowest to read the model and the data
+
+
+@dataclasses.dataclass
+class Processes:
+    """The processes of a run, seen from one of them."""
+
+    index: int = 0
+    count: int = 1
+    sharded: bool = False
+    _client: Any = None  # None for a single process, and after parting
+    _service: Any = None  # of process 0
+    _waits: int = 0
+
+    def devices(self) -> list[Any]:
+        """The devices that one model is laid out on."""
+        return jax.devices() if self.sharded else jax.local_devices()
+
+    def barrier(self) -> None:
+        """Returns once all processes have called it."""
+        if self._client:
+            self._waits += 1
+            try:
+                self._client.wait_at_barrier(f"gradjax-{self._waits}", _TIMEOUT_SECONDS * 1000)
+            except jax.errors.JaxRuntimeError as error:
+                raise GradjaxError(
+                    f"process {self.index} of {self.count} waited for another one that has "
+                    "stopped; see the others' logs, and start all of them again"
+                ) from error
+
+    def part(self) -> None:
+        """Ends what ties independent processes together, once all have come here."""
+        if self._client and not self.sharded:
+            client, service, self._client, self._service = self._client, self._service, None, None
+            try:
+                client.shutdown()
+                if service:
+                    service.shutdown()
+            except jax.errors.JaxRuntimeError as error:
+                logging.warning("Another process has stopped already: %s", error)
+
+
+@contextmanager
+def join(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    sharded: bool,
+) -> Iterator[Processes]:
+    """Joins the other processes of the run, before any device is opened; alone without an address.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0, or `auto` for what JAX detects (TPU pods, Slurm,
+        Open MPI, Kubernetes).
+      num_processes: all of them; detected under `auto`.
+      process_id: this one, from 0; detected under `auto`.
+      sharded: one model over all processes' devices.
+
+    Raises:
+      GradjaxError: if the others cannot be found or reached.
+    """
+    if coordinator_address is None:
+        yield Processes()
+        return
+    # The service would catch SIGTERM, with which clusters end a job.
+    jax.config.update("jax_enable_preemption_service", False)
+    address = None if coordinator_address == AUTO else coordinator_address
+    try:
+        jax.distributed.initialize(
+            address, num_processes, process_id, shutdown_timeout_seconds=_TIMEOUT_SECONDS
+        )
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        raise GradjaxError(
+            f"--coordinator_address={coordinator_address}: the run's processes did not come "
+            f"together ({str(error).splitlines()[0]}); start all of them, with the same address "
+            "and --num_processes and each with its own --process_id, or auto on a TPU pod or "
+            "under Slurm"
+        ) from error
+    state = distributed.global_state
+    processes = Processes(state.process_id, state.num_processes, sharded, state.client)
+    if not sharded:
+        # Devices are opened as by a single process: those of the others are not waited for.
+        processes._service, state.client, state.service = state.service, None, None
+        state.process_id, state.num_processes = 0, 1
+    logging.info("Process %d of %d", processes.index, processes.count)
+    try:
+        yield processes
+    finally:
+        processes.part()
+        if sharded:
+            jax.distributed.shutdown()
