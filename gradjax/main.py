@@ -80,13 +80,17 @@ def run_config() -> config.RunConfig:
 def main(_: list[str]) -> None:
     """Runs, then prints the table of groups and the store's path on standard output."""
     wanted = run_config()
-    from gradjax.run import describe_plan, run  # JAX is loaded once the flags are known to be right
+    import jax  # loaded once the flags are known to be right
+
+    from gradjax.run import print_plan, run
     from gradjax.summary import format_table, group_means, rows_to_come, unused_rows
 
     if flags.FLAGS.plan:
-        print(describe_plan(wanted))
+        print_plan(wanted)
         return
     directory = run(wanted)
+    if jax.process_index():
+        return  # sharded processes end together, and the first one speaks for them
     if missing := rows_to_come(directory):
         print(f"This process is done; {missing} rows of the run's other processes are to come.")
     else:

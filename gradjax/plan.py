@@ -7,7 +7,7 @@ Sizes follow what the compiled programs hold (tests/plan_test.py compares the tw
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +75,20 @@ def make_plan(
 ) -> Plan:
     """The plan of computing `batches` of `tokenized` on a mesh of the given axis sizes."""
     itemsize = jnp.dtype(dtype).itemsize
-    needs = [(fitting_memory(model, config, batch, itemsize, mesh), batch) for batch in batches]
-    (memory, keeps), _ = max(
-        needs,
-        key=lambda need: need[0][0].total,
-        default=((Memory(weight_bytes(model, itemsize, mesh), 0, 0, 0), True), None),
-    )
+    shapes = {(batch.size, batch.length): batch for batch in batches}
+    needs = {
+        shape: fitting_memory(model, config, batch, itemsize, mesh)
+        for shape, batch in shapes.items()
+    }
+    alone = Memory(weight_bytes(model, itemsize, mesh), 0, 0, 0)
+    memory, keeps = max(needs.values(), key=lambda need: need[0].total, default=(alone, True))
+    passes = {
+        shape: batch_flops(model, config, batch, needs[shape][1]) for shape, batch in shapes.items()
+    }
+    decompositions: dict[int, float] = {}
+    if config.spectrum == "factored":
+        lengths = {tokenized[row].num_tokens for batch in batches for row in batch.rows}
+        decompositions = {length: spectra_flops(model, config, length) for length in lengths}
     targets = sum(tokenized[row].num_target_tokens for batch in batches for row in batch.rows)
     return Plan(
         tuple(batches),
@@ -89,15 +97,13 @@ def make_plan(
         mesh,
         memory,
         keeps,
-        sum(batch_flops(model, config, batch, need[1]) for need, batch in needs)
+        sum(passes[batch.size, batch.length] for batch in batches)
         + 4.0 * model.vocab_size * model.hidden_size * targets,
         sum(
-            spectra_flops(model, config, tokenized[row].num_tokens)
+            decompositions.get(tokenized[row].num_tokens, 0.0)
             for batch in batches
             for row in batch.rows
-        )
-        if config.spectrum == "factored"
-        else 0.0,
+        ),
     )
 
 
@@ -252,7 +258,7 @@ def format_plan(plan: Plan, dtype: str, seconds: float) -> str:
                 for (size, length), count in shapes.items()
             ),
             f"devices     {devices} ({mesh}), {dtype}",
-            *(f"{name:<11} {size / 2**30:.2f} GiB per device" for name, size in parts.items()),
+            *(f"{name:<11} {_size(size)} per device" for name, size in parts.items()),
             f"work        {plan.flops:.2e} FLOPs, {plan.float64_flops:.2e} in float64",
             f"time        about {_duration(seconds)} at this machine's speed of matrix products",
         ]
@@ -270,10 +276,10 @@ def fits(plan: Plan) -> bool:
     return plan.memory.total <= _USABLE * device_memory()
 
 
-def require_fit(plan: Plan, alternatives: dict[str, Callable[[], Plan]]) -> None:
+def require_fit(plan: Plan, remedies: Iterable[tuple[str, Plan]]) -> None:
     """Refuses a plan that does not fit a device's memory.
 
-    `alternatives` are plans by the flag that leads to them, the least costly first.
+    `remedies` are flags and the plans that they lead to.
 
     Raises:
       GradjaxError: naming the first flag that would make it fit.
@@ -281,12 +287,11 @@ def require_fit(plan: Plan, alternatives: dict[str, Callable[[], Plan]]) -> None
     if fits(plan):
         return
     available = device_memory()
-    remedy = next((flag for flag, make in alternatives.items() if fits(make())), None)
+    remedy = next((flag for flag, changed in remedies if fits(changed)), None)
     advice = f"use {remedy}" if remedy else "use larger or more devices (--mesh=fsdp:N)"
     raise GradjaxError(
-        f"the run needs {plan.memory.total / 2**30:.1f} GiB per device "
-        f"({plan.memory.weights / 2**30:.1f} of them weights) and has "
-        f"{available / 2**30:.1f}; {advice} (--plan shows what it needs)"
+        f"the run needs {_size(plan.memory.total)} per device, {_size(plan.memory.weights)} of "
+        f"them for weights, and a device has {_size(available)}; {advice}"
     )
 
 
@@ -294,6 +299,10 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
 
 
 def _shape(model: DecoderConfig, projection: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Sharded processes hold one model together, on all their devices, and live and di
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,9 @@ from jax._src import distributed  # what `initialize` found out is not public
 from gradjax.errors import GradjaxError
 
 AUTO = "auto"
-_TIMEOUT_SECONDS = 3600  # of waiting for the slowest to read the model and the data
+_STOPPED = "gradjax/stopped/"
+_LEAVING_SECONDS = 60  # all have passed a barrier just before they leave
+_POLL_SECONDS = 0.05
 
 
 @dataclasses.dataclass
@@ -36,16 +39,25 @@ class Processes:
         return jax.devices() if self.sharded else jax.local_devices()
 
     def barrier(self) -> None:
-        """Returns once all processes have called it."""
+        """Returns once all processes have called it.
+
+        Raises:
+          GradjaxError: if one of them has stopped, with its reason.
+        """
+        if not self._client:
+            return
+        self._waits += 1
+        here = f"gradjax/{self._waits}/"
+        self._client.key_value_set(f"{here}{self.index}", "")
+        while len(self._client.key_value_dir_get(here)) < self.count:
+            for _, reason in self._client.key_value_dir_get(_STOPPED):
+                raise GradjaxError(f"another process of this run has stopped: {reason}")
+            time.sleep(_POLL_SECONDS)
+
+    def stopped(self, reason: str) -> None:
+        """Lets the others, who may be waiting, know that this one gives up."""
         if self._client:
-            self._waits += 1
-            try:
-                self._client.wait_at_barrier(f"gradjax-{self._waits}", _TIMEOUT_SECONDS * 1000)
-            except jax.errors.JaxRuntimeError as error:
-                raise GradjaxError(
-                    f"process {self.index} of {self.count} waited for another one that has "
-                    "stopped; see the others' logs, and start all of them again"
-                ) from error
+            self._client.key_value_set(f"{_STOPPED}{self.index}", reason)
 
     def part(self) -> None:
         """Ends what ties independent processes together, once all have come here."""
@@ -87,7 +99,7 @@ def join(
     address = None if coordinator_address == AUTO else coordinator_address
     try:
         jax.distributed.initialize(
-            address, num_processes, process_id, shutdown_timeout_seconds=_TIMEOUT_SECONDS
+            address, num_processes, process_id, shutdown_timeout_seconds=_LEAVING_SECONDS
         )
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         raise GradjaxError(
@@ -105,7 +117,9 @@ def join(
     logging.info("Process %d of %d", processes.index, processes.count)
     try:
         yield processes
-    finally:
+    except GradjaxError as error:
+        processes.stopped(str(error))
         processes.part()
-        if sharded:
-            jax.distributed.shutdown()
+        raise
+    if sharded:
+        jax.distributed.shutdown()

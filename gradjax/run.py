@@ -19,6 +19,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -26,12 +27,13 @@ import gradjax
 from gradjax.compute import (
     check_vocabulary,
     compute_results,
+    default_batch_tokens,
     plan_rows,
     resolved_route,
     unfinished,
 )
 from gradjax.config import RunConfig
-from gradjax.data.batches import BatchPlan
+from gradjax.data.batches import MULTIPLE, BatchPlan
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
 from gradjax.data.tokens import check_tokenizer, describe, tokenize
@@ -43,7 +45,7 @@ from gradjax.model.pretrained import identity, load_weights
 from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 from gradjax.plan import Plan, estimated_seconds, fits, format_plan, make_plan, require_fit
 from gradjax.processes import Processes, join
-from gradjax.sharding import log_unsplit, make_mesh, parse_mesh
+from gradjax.sharding import local_slots, log_unsplit, make_mesh, parse_mesh
 from gradjax.spectra.decompose import decomposes_on_host
 from gradjax.store import FinishedRow, Key, Store, finished_rows, open_store
 from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
@@ -91,6 +93,7 @@ def _run(config: RunConfig, processes: Processes) -> str | Path:
     tokenized = inputs.tokenized
     devices = processes.devices()
     planned = lay_out(config, inputs, len(devices))
+    require_fit(planned, remedies(config, inputs, planned.mesh, processes.count))
     mesh = make_mesh(planned.mesh, devices)
     log_unsplit(mesh, inputs.model)
     log_first_example(tokenized, inputs.tokenizer)
@@ -128,7 +131,7 @@ def _run(config: RunConfig, processes: Processes) -> str | Path:
             )
         plan_among = partial(_batches, config, inputs, mesh.size)
         left = unfinished(batches, finished, plan_among)
-        waiting = [tokenized[row] for batch in left for row in batch.rows]
+        waiting = [tokenized[row] for batch in left for row in local_rows(mesh, batch)]
         logging.info(
             "%d rows: %d finished before, %d to compute, %d not usable",
             len(tokenized),
@@ -149,15 +152,16 @@ def _run(config: RunConfig, processes: Processes) -> str | Path:
     return directory
 
 
-def describe_plan(config: RunConfig) -> str:
-    """What `--plan` prints; reads the model's config, its tokenizer and the data.
+def print_plan(config: RunConfig) -> None:
+    """What `--plan` asks for; reads the model's config, its tokenizer and the data.
 
     Raises:
-      GradjaxError: as `run`, and if the run would not fit.
+      GradjaxError: as `run`, and, after printing, if the run would not fit.
     """
     inputs = read_inputs(config, resolve(config.model, weights=False), {})
-    planned = lay_out(config, inputs, devices=None)
-    return format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype))
+    planned = lay_out(config, inputs, jax.local_device_count())
+    print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype)))
+    require_fit(planned, remedies(config, inputs, planned.mesh))
 
 
 def read_inputs(
@@ -193,53 +197,50 @@ def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
     )
 
 
-def lay_out(config: RunConfig, inputs: _Inputs, devices: int | None) -> Plan:
-    """The mesh and the batches of a run, checked to fit.
+def lay_out(config: RunConfig, inputs: _Inputs, devices: int) -> Plan:
+    """The mesh and the batches of a run on so many devices.
 
     Without `--mesh` it is `data` over all devices where the model fits one of them, else `fsdp`.
-    `devices` None is for planning only: those of this process, or as many as `--mesh` names.
-
-    Raises:
-      GradjaxError: if it does not fit, with the flag that would help.
     """
-
-    def plan(mesh: dict[str, int], **changes: Any) -> Plan:
-        changed = dataclasses.replace(config, **changes)
-        batches = _batches(changed, inputs, math.prod(mesh.values()))
-        longest = changed.tokens.max_length
-        cut = [dataclasses.replace(b, length=min(b.length, longest)) for b in batches]
-        return make_plan(inputs.model, config.spectra, inputs.tokenized, cut, changed.dtype, mesh)
-
-    count = devices or jax.local_device_count()
-    split = parse_mesh(f"fsdp:{count}")
     if config.mesh:
-        chosen = plan(parse_mesh(config.mesh))
-    else:
-        chosen = plan(parse_mesh(f"data:{count}"))
-        if count > 1 and not fits(chosen):
-            chosen = plan(split)
-    mesh = chosen.mesh
-    require_fit(
-        chosen,
-        {
-            "--batch_tokens=1 (one row at a time)": lambda: plan(mesh, batch_tokens=1),
-            f"--mesh=fsdp:{count}": lambda: plan(split),
-            "--dtype=bfloat16": lambda: plan(mesh, dtype="bfloat16"),
-            "--dtype=bfloat16 --batch_tokens=1": lambda: plan(
-                mesh, dtype="bfloat16", batch_tokens=1
-            ),
-            **{
-                f"--max_length={length} --batch_tokens=1": partial(
-                    plan,
-                    mesh,
-                    batch_tokens=1,
-                    tokens=dataclasses.replace(config.tokens, max_length=length),
-                )
-                for length in (16384, 8192, 4096, 2048, 1024)
-            },
-        },
-    )
+        return _plan(config, inputs, parse_mesh(config.mesh))
+    chosen = _plan(config, inputs, parse_mesh(f"data:{devices}"))
+    if devices > 1 and not fits(chosen):
+        return _plan(config, inputs, parse_mesh(f"fsdp:{devices}"))
     return chosen
+
+
+def remedies(
+    config: RunConfig, inputs: _Inputs, mesh: dict[str, int], processes: int = 1
+) -> Iterator[tuple[str, Plan]]:
+    """Flags that make a run need less memory, the least costly first, and the plans they give."""
+    devices = math.prod(mesh.values())
+    tokens = config.batch_tokens or default_batch_tokens()
+    while (tokens := tokens // 2) >= MULTIPLE:
+        changed = dataclasses.replace(config, batch_tokens=tokens)
+        yield f"--batch_tokens={tokens}", _plan(changed, inputs, mesh)
+    one_row = dataclasses.replace(config, batch_tokens=1)
+    yield f"--mesh=fsdp:{devices}", _plan(config, inputs, parse_mesh(f"fsdp:{devices}"))
+    if processes > 1:
+        shared = parse_mesh(f"fsdp:{devices * processes}")
+        yield "--processes=sharded", _plan(config, inputs, shared)
+    narrow = dataclasses.replace(one_row, dtype="bfloat16")
+    yield "--dtype=bfloat16 --batch_tokens=1", _plan(narrow, inputs, mesh)
+    length = config.tokens.max_length
+    while (length := length // 2) >= 512:
+        cut = dataclasses.replace(config.tokens, max_length=length)
+        changed = dataclasses.replace(one_row, tokens=cut)
+        yield f"--max_length={length} --batch_tokens=1", _plan(changed, inputs, mesh)
+
+
+def _plan(config: RunConfig, inputs: _Inputs, mesh: dict[str, int]) -> Plan:
+    # The rows were cut at another --max_length where a remedy is tried.
+    longest = -(-config.tokens.max_length // MULTIPLE) * MULTIPLE
+    batches = [
+        dataclasses.replace(batch, length=min(batch.length, longest))
+        for batch in _batches(config, inputs, math.prod(mesh.values()))
+    ]
+    return make_plan(inputs.model, config.spectra, inputs.tokenized, batches, config.dtype, mesh)
 
 
 def _batches(
@@ -261,6 +262,12 @@ def append_behind(store: Store, written: Iterator[list[ExampleResult]], config: 
             )
         if writing:
             writing.result()
+
+
+def local_rows(mesh: Mesh, batch: BatchPlan) -> list[int]:
+    """The rows of a batch that this process's devices compute."""
+    slots = local_slots(mesh, batch.size)
+    return [batch.rows[slot] for slot in slots if slot < len(batch.rows)]
 
 
 def log_first_example(

@@ -1,0 +1,128 @@
+"""What sharding_test.py runs in processes that have 8 CPU devices: prints JSON."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.stages import Compiled
+
+from gradjax.model.hf_config import read_config
+from gradjax.model.loading import load_decoder
+from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, log_unsplit, make_mesh, one_device
+from gradjax.spectra import measures
+from gradjax.spectra.batch import RowSpectra, SpectraSettings, batch_spectra
+from gradjax.spectra.decompose import decomposer, device_values
+from gradjax.structs import PROJECTIONS, Factors, TokenBatch
+
+LENGTHS = (7, 37, 59, 11, 23)
+
+
+def mesh_of(split: list[int]) -> Mesh:
+    return make_mesh(dict(zip(AXES, split, strict=True)), jax.devices())
+
+
+def make_batch() -> TokenBatch:
+    rng = np.random.default_rng(0)
+    shape = (8, max(LENGTHS) + 2)
+    tokens, targets = rng.integers(0, 101, shape).astype(np.int32), np.zeros(shape, bool)
+    for row, length in enumerate(LENGTHS):
+        targets[row, 2:length] = True
+    lengths = np.array([*LENGTHS, 0, 0, 0], np.int32)
+    return TokenBatch(tuple(range(len(LENGTHS))), tokens, targets, lengths)
+
+
+def spectra_on(mesh: Mesh, directory: Path) -> list[RowSpectra]:
+    decoder = load_decoder(directory, read_config(directory), jnp.float32, mesh)
+    with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
+        settings = SpectraSettings((0, 1), PROJECTIONS, "all", decompose)
+        return batch_spectra(decoder, make_batch(), settings)()
+
+
+def numbers(rows: list[RowSpectra]) -> dict[str, np.ndarray]:
+    """Every number of the rows, relative to its scale."""
+    spectra = [s for row in rows for s in row.spectra]
+    scale = np.array([max(s.max, -s.min) for s in spectra])
+    return {
+        "rows": np.array([row.row for row in rows], float),
+        "loss": np.array([row.loss for row in rows]) / 5,
+        "values": np.concatenate([s.singular_values / s.spectral_norm for s in spectra]),
+        "nuclear_norm": np.log([s.nuclear_norm for s in spectra]),
+        "effective_rank": np.log(np.array([s.effective_rank for s in spectra], float)) / 10,
+        "entries": np.array([[s.mean, s.max, s.min] for s in spectra]) / scale[:, None],
+        "cosine": np.array([s.cosine for row in rows for s in row.similarity], float),
+    }
+
+
+def largest_differences(directory: str, splits: str) -> dict:
+    """split -> what -> largest difference from one device."""
+    one = numbers(spectra_on(one_device(), Path(directory)))
+    found = {}
+    for split in json.loads(splits):
+        many = numbers(spectra_on(mesh_of(split), Path(directory)))
+        found[str(tuple(split))] = {k: float(np.abs(many[k] - one[k]).max()) for k in one}
+    return found
+
+
+def read_program(compiled: Compiled) -> dict[str, list[str]]:
+    """The collectives of a compiled program, and how many examples its decompositions have."""
+    text = compiled.as_text() or ""
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    calls = re.findall(r"= .*custom-call\(.*lapack_\w*(?:syevd|gesdd|geqrf|potrf).*", text)
+    return {
+        "collectives": re.findall(rf" ({kinds})(?:-start)?\(", text),
+        "decomposed": [
+            size for call in calls for size in re.findall(r"\[(\d+),\d+,\d+\]", call)[:1]
+        ],
+    }
+
+
+def compiled_collectives() -> dict:
+    """What the per-example programs compile to, for 16 examples."""
+    batch, tokens, width, narrow = 16, 13, 24, 16
+    widths = {"x_qkv": width, "x_o": width, "q": width, "k": narrow, "v": narrow, "o": width}
+    found = {}
+    for split in ([8, 1, 1], [1, 8, 1], [1, 1, 8], [2, 2, 2]):
+        mesh = mesh_of(split)
+
+        def array(*shape: int, dtype=jnp.float32, mesh=mesh) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, EXAMPLES))
+
+        factors = Factors(**{name: array(batch, tokens, w) for name, w in widths.items()})
+        lengths = array(batch, dtype=jnp.int32)
+        for route in ("gram", "qr"):
+            with jax.enable_x64(route == "gram"):
+                lowered = device_values.lower(mesh, route, PROJECTIONS, factors, lengths)
+            found[f"{route} {tuple(split)}"] = read_program(lowered.compile())
+
+        def measure(factors: Factors, lengths: jax.Array):
+            gradients, scales = measures.form_gradients(factors, lengths, PROJECTIONS)
+            cosine = measures.cosine(gradients["q"], gradients["o"])
+            return cosine, measures.entry_measures(gradients, scales)
+
+        compiled = jax.jit(measure).lower(factors, lengths).compile()
+        found[f"measures {tuple(split)}"] = read_program(compiled)
+    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, EVERYWHERE))
+    found["control"] = read_program(total.lower(array(batch)).compile())
+    return found
+
+
+def log_lines(directory: str, split: str) -> list[str]:
+    """What is said about axes that do not divide."""
+    stream = io.StringIO()
+    logging.get_absl_handler().python_handler.stream = stream
+    with contextlib.redirect_stderr(stream):
+        log_unsplit(mesh_of(json.loads(split)), read_config(Path(directory)))
+    return stream.getvalue().splitlines()
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
