@@ -85,7 +85,20 @@ def run(config: RunConfig) -> str | Path:
         return _run(config, processes)
 
 
+def keep_compiled_programs() -> None:
+    """Keeps what is compiled for later runs on this machine, unless JAX was told where itself.
+
+    In `$XDG_CACHE_HOME/gradjax` (`~/.cache/gradjax`); removing it does no harm.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # Programs for one CPU may not run on another that shares the home directory.
+        jax.config.update("jax_compilation_cache_dir", str(cache / "gradjax" / platform.node()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def _run(config: RunConfig, processes: Processes) -> str | Path:
+    keep_compiled_programs()
     checkpoint = resolve(config.model, weights=not config.random_init)
     directory = config.output_dir or Path(f"runs/{checkpoint.name}")
     known = {} if config.overwrite else finished_rows(directory)

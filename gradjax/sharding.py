@@ -155,7 +155,7 @@ def whole_table(config: DecoderConfig, table: Float[Array, "..."]) -> Float[Arra
     return _whole(_whole(table, 1, config.hidden_size, FSDP), 0, config.vocab_size, TENSOR)
 
 
-def from_stream(x: Float[Array, "B T D"], *matrices: Matrix) -> list[Float[Array, "Bg T part"]]:
+def from_stream(x: Float[Array, "B T D"], *matrices: Matrix) -> list[Float[Array, "_B T _part"]]:
     """The product of own examples with each matrix: where split, own columns of the group's."""
     group = x
     if any(matrix.split for matrix in matrices):
@@ -163,7 +163,7 @@ def from_stream(x: Float[Array, "B T D"], *matrices: Matrix) -> list[Float[Array
     return [_product(group if m.split else x, m, m.stream_axis == 1) for m in matrices]
 
 
-def to_stream(*pairs: tuple[Float[Array, "Bg T part"], Matrix]) -> Float[Array, "B T D"]:
+def to_stream(*pairs: tuple[Float[Array, "_B T _part"], Matrix]) -> Float[Array, "B T D"]:
     """The sum of products back to the stream's width, of own examples."""
     whole = [_product(y, m, m.stream_axis == 0) for y, m in pairs if not m.split]
     parts = [_product(y, m, m.stream_axis == 0) for y, m in pairs if m.split]
@@ -172,14 +172,14 @@ def to_stream(*pairs: tuple[Float[Array, "Bg T part"], Matrix]) -> Float[Array, 
     return sum(whole[1:], whole[0])
 
 
-def own_examples(y: Float[Array, "Bg T part"], matrix: Matrix) -> Float[Array, "B T W"]:
+def own_examples(y: Float[Array, "_B T _part"], matrix: Matrix) -> Float[Array, "B T W"]:
     """All columns of own examples, from own columns of the group's."""
     if not matrix.split:
         return y
     return jax.lax.all_to_all(y, TENSOR, split_axis=0, concat_axis=2, tiled=True)
 
 
-def own_columns(y: Float[Array, "B T W"], matrix: Matrix) -> Float[Array, "Bg T part"]:
+def own_columns(y: Float[Array, "B T W"], matrix: Matrix) -> Float[Array, "_B T _part"]:
     """The reverse of `own_examples`."""
     if not matrix.split:
         return y
