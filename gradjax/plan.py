@@ -8,6 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from gradjax.model.layers import einsum
 from gradjax.model.parameters import Parameter, all_parameters, axis_sizes, block_parameters
 from gradjax.sharding import AXES, TENSOR, split_axes
 from gradjax.spectra.batch import LAYERS_AHEAD
+from gradjax.spectra.decompose import decomposes_on_host
 from gradjax.structs import TokenizedExample
 
 # Share of a device's memory that kept activations may take; what is above that is recomputed.
@@ -120,12 +122,12 @@ def fitting_memory(
     mesh: dict[str, int],
 ) -> tuple[Memory, bool]:
     """What a batch needs, and whether its activations are kept: they are where they fit."""
-    keep = batch_memory(model, config, batch, itemsize, mesh, keep_activations=True)
-    available = device_memory()
-    fits = keep.block_inputs <= _ACTIVATIONS_SHARE * available and keep.total <= available / 2
-    if fits:
+    on_host = decomposes_on_host(jax.default_backend())
+    needs = partial(batch_memory, model, config, batch, itemsize, mesh, on_host=on_host)
+    keep, available = needs(keep_activations=True), device_memory()
+    if keep.block_inputs <= _ACTIVATIONS_SHARE * available and keep.total <= available / 2:
         return keep, True
-    return batch_memory(model, config, batch, itemsize, mesh, keep_activations=False), False
+    return needs(keep_activations=False), False
 
 
 def batch_memory(
@@ -136,8 +138,12 @@ def batch_memory(
     mesh: dict[str, int],
     *,
     keep_activations: bool,
+    on_host: bool = True,
 ) -> Memory:
-    """What a batch needs on one device when the backward pass begins, the fullest moment."""
+    """What a batch needs on one device when the backward pass begins, the fullest moment.
+
+    `on_host`: the spectra's decompositions, which else need workspace on the device.
+    """
     rows = batch.size // math.prod(mesh.values())
     tokens = rows * batch.length
     layers = config.layer_numbers(model.num_layers)
@@ -168,7 +174,13 @@ def batch_memory(
         + 2 * stream
         + tokens * (4 * mlp + 3 * width) * itemsize
     )
-    return Memory(weight_bytes(model, itemsize, mesh), kept, alive, max(head, backward))
+    decomposing = 0
+    if not on_host:
+        # Float64 copies of X and of one Δ, and the core in ten stages of its way to its values.
+        core = min(batch.length, max(min(_shape(model, p)) for p in config.projections))
+        decomposing = 8 * (tokens * (width + wide) + 10 * rows * core**2)
+    workspace = max(head, backward, decomposing)
+    return Memory(weight_bytes(model, itemsize, mesh), kept, alive, workspace)
 
 
 def batch_flops(

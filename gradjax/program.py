@@ -4,10 +4,19 @@ import logging as standard_logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, logging
 
 from gradjax.errors import GradjaxError
+
+
+def _worth_saying(record: standard_logging.LogRecord) -> bool:
+    """Everything of gradjax; libraries speak up only where something is wrong."""
+    ours = Path(record.pathname).is_relative_to(Path(__file__).parent)
+    # Orbax warns of what it left out on purpose.
+    loud = standard_logging.ERROR if "orbax" in record.pathname else standard_logging.WARNING
+    return ours or record.levelno >= loud
 
 
 def start(main: Callable[[list[str]], None]) -> None:
@@ -17,10 +26,7 @@ def start(main: Callable[[list[str]], None]) -> None:
     """
 
     def guarded(argv: list[str]) -> None:
-        # Libraries speak up only where something is wrong.
-        logging.get_absl_handler().python_handler.addFilter(
-            lambda record: record.name == "absl" or record.levelno >= standard_logging.WARNING
-        )
+        logging.get_absl_handler().python_handler.addFilter(_worth_saying)
         # transformers would say at import that it misses PyTorch, which gradjax does not use.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:

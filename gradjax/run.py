@@ -90,7 +90,7 @@ def keep_compiled_programs() -> None:
 
     In `$XDG_CACHE_HOME/gradjax` (`~/.cache/gradjax`); removing it does no harm.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # Programs for one CPU may not run on another that shares the home directory.
         jax.config.update("jax_compilation_cache_dir", str(cache / "gradjax" / platform.node()))
@@ -114,7 +114,7 @@ def _run(config: RunConfig, processes: Processes) -> str | Path:
     settings = number_settings(config, inputs)
     load = partial(
         load_weights,
-        checkpoint.directory,
+        checkpoint,
         config.dtype,
         random_init=config.random_init,
         seed=config.seed,

@@ -15,6 +15,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Compiled
 
+from gradjax.model.converted import load_converted
 from gradjax.model.hf_config import read_config
 from gradjax.model.loading import load_decoder
 from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, log_unsplit, make_mesh, one_device
@@ -112,6 +113,25 @@ def compiled_collectives() -> dict:
         found[f"measures {tuple(split)}"] = read_program(compiled)
     total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, EVERYWHERE))
     found["control"] = read_program(total.lower(array(batch)).compile())
+    return found
+
+
+def restored_and_loaded(source: str, converted: str, splits: str) -> list:
+    """Whether a converted checkpoint is its source's weights, and how q is split, per mesh."""
+    found = []
+    config = read_config(Path(source))
+    for split in json.loads(splits):
+        mesh = mesh_of(split)
+        pair = (
+            load(Path(d), config, jnp.float32, mesh)
+            for load, d in ((load_decoder, source), (load_converted, converted))
+        )
+        loaded, restored = pair
+        leaves = zip(jax.tree.leaves(loaded), jax.tree.leaves(restored), strict=True)
+        same = all(a.sharding == b.sharding and bool((a == b).all()) for a, b in leaves)
+        q = restored.blocks[0].q[...]
+        parts = q.size // q.addressable_shards[0].data.size
+        found.append({"equal": same, "q is split in": parts, "of": split[1] * split[2]})
     return found
 
 

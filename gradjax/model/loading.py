@@ -95,6 +95,17 @@ def load_decoder(
     return Decoder(config, weights, mesh)
 
 
+def stored_dtype(directory: Path) -> np.dtype:
+    """The dtype that holds a checkpoint's weights without loss: bfloat16 or float32.
+
+    Raises:
+      GradjaxError: as `load_decoder` for missing and damaged files.
+    """
+    tensors, _ = _locate(*_checkpoint_files(Path(directory)))
+    bfloat16 = all(tensor.dtype == "BF16" for tensor in tensors.values())
+    return jnp.dtype(jnp.bfloat16 if bfloat16 else jnp.float32)
+
+
 def weights_hash(directory: Path) -> str:
     """What identifies a local checkpoint: SHA-256 of its config.json and safetensors files.
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import tempfile
 from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -13,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from gradjax.device import device_memory
 from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.model.config import DecoderConfig
+from gradjax.model.converted import ORIGIN, load_converted, write_converted
 from gradjax.model.decoder import Decoder, random_decoder
 from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder, weights_hash
+from gradjax.model.loading import load_decoder, stored_dtype, weights_hash
 from gradjax.model.parameters import all_parameters
 from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 
@@ -51,13 +54,12 @@ def load_model(
     """
     checkpoint = resolve(model, weights=not random_init)
     tokenizer = load_tokenizer(checkpoint.directory)
-    return Model(
-        load_weights(checkpoint.directory, dtype, random_init=random_init, seed=seed), tokenizer
-    )
+    decoder = load_weights(checkpoint, dtype, random_init=random_init, seed=seed)
+    return Model(decoder, tokenizer)
 
 
 def load_weights(
-    directory: Path, dtype: str, *, random_init: bool, seed: int, mesh: Mesh | None = None
+    checkpoint: Checkpoint, dtype: str, *, random_init: bool, seed: int, mesh: Mesh | None = None
 ) -> Decoder:
     """A local checkpoint's decoder in `dtype`, or fresh weights of its shape, on a mesh.
 
@@ -66,12 +68,14 @@ def load_weights(
     Raises:
       GradjaxError: as `load_decoder`, or if the weights do not fit the memory.
     """
+    directory = checkpoint.directory
     config = read_config(directory)
     try:
         if random_init:
             logging.info("Fresh weights of the shape of %s, seed %d", directory, seed)
             return random_decoder(config, seed, jnp.dtype(dtype), mesh)
-        return load_decoder(directory, config, jnp.dtype(dtype), mesh)
+        load = load_converted if checkpoint.origin else load_decoder
+        return load(directory, config, jnp.dtype(dtype), mesh)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -85,5 +89,41 @@ def load_weights(
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """What tells a model's weights from others: a Hub revision or a hash of the files."""
+    """What tells a model's weights from others: a Hub revision or a hash of the files.
+
+    A converted checkpoint's is that of what it was made from.
+    """
+    if checkpoint.origin:
+        return str(checkpoint.origin["identity"])
     return checkpoint.revision or f"sha256:{weights_hash(checkpoint.directory)}"
+
+
+def convert(model: str, output: str) -> None:
+    """Writes a checkpoint as `load_converted` reads it, the whole of it or nothing usable.
+
+    Args:
+      model: as of `load_model`.
+      output: a new directory, or a URL of an object store.
+
+    Raises:
+      GradjaxError: if the model cannot be loaded, is converted already, or `output` holds
+        something.
+    """
+    filesystem, path = fsspec.core.url_to_fs(output)
+    if filesystem.exists(path) and filesystem.ls(path):
+        raise GradjaxError(f"--output={output} is not empty; give a new directory")
+    checkpoint = resolve(model)
+    if checkpoint.origin:
+        raise GradjaxError(f"--model={model} is converted already; copy it as it is")
+    dtype = stored_dtype(checkpoint.directory).name
+    decoder = load_weights(checkpoint, dtype, random_init=False, seed=0)
+    origin = {"source": checkpoint.source, "identity": identity(checkpoint)}
+    with tempfile.TemporaryDirectory() as scratch:
+        local = "file" in filesystem.protocol
+        directory = Path(path) if local else Path(scratch)
+        write_converted(decoder, checkpoint.directory, directory, origin)
+        if not local:
+            for file in sorted(directory.rglob("*"), key=lambda file: file.name == ORIGIN):
+                if file.is_file():
+                    filesystem.put_file(str(file), f"{path}/{file.relative_to(directory)}")
+    logging.info("%s in %s", checkpoint.source, dtype)

@@ -2,9 +2,13 @@
 
 import dataclasses
 import difflib
+import hashlib
+import os
 import re
+import tempfile
 from pathlib import Path
 
+import fsspec
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -14,6 +18,7 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gradjax.errors import GradjaxError
+from gradjax.model.converted import ORIGIN, read_origin
 
 DEMO = "demo"
 _DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
@@ -53,6 +58,7 @@ class Checkpoint:
     directory: Path  # config.json, safetensors and tokenizer files
     source: str  # where it came from: a Hub repo or a path
     revision: str | None  # the Hub's commit hash; None for a local directory
+    origin: dict[str, str | None] | None = None  # of a converted checkpoint: what it was made from
 
 
 def resolve(model: str, *, weights: bool = True) -> Checkpoint:
@@ -72,7 +78,9 @@ def resolve(model: str, *, weights: bool = True) -> Checkpoint:
     directory = Path(model).expanduser()
     if model and directory.is_dir():
         path = directory.resolve()
-        return Checkpoint(_folder_name(path.name), path, str(path), None)
+        return Checkpoint(_folder_name(path.name), path, str(path), None, read_origin(path))
+    if "://" in model:
+        return _from_object_store(model)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         return _from_hub(_folder_name(model), model, weights)
     raise _unknown(model)
@@ -106,6 +114,32 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
             f"fast tokenizer, which gives character offsets: save one that has a {_TOKENIZER_FILE}."
         )
     return tokenizer
+
+
+def _from_object_store(url: str) -> Checkpoint:
+    """A converted checkpoint, fetched once into this machine's cache."""
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        origin = filesystem.cat_file(f"{path}/{ORIGIN}")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradjax"
+        key = hashlib.sha256(url.encode() + origin).hexdigest()[:16]
+        directory = cache / "models" / key
+        if not directory.exists():
+            fetching = Path(tempfile.mkdtemp(dir=_made(directory.parent)))
+            filesystem.get(f"{path.rstrip('/')}/", str(fetching), recursive=True)
+            fetching.rename(directory)
+    except Exception as error:  # each filesystem has errors of its own
+        raise GradjaxError(
+            f"--model={url} cannot be fetched ({_first_line(error)}), expected what "
+            "gradjax.convert wrote there; check the URL, and keys and endpoint in the environment"
+        ) from error
+    name = _folder_name(url.rstrip("/").rsplit("/", 1)[-1])
+    return Checkpoint(name, directory, url, None, read_origin(directory))
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def _from_hub(name: str, repo: str, weights: bool) -> Checkpoint:

@@ -1,0 +1,103 @@
+"""How a run's cost grows with its rows: 100, 1,000 and 10,000 of them through the embedded model.
+
+  python -m benchmarks.scaling
+
+Each run and each reading is a process of its own, and each run first computes one batch of every
+shape. `s/Mtoken` is from then to the last shard, so without start-up and compilation; `peak MiB` is
+the process's largest memory; `open s` reads the finished store's examples and its spectra without
+singular values; `resume s` is the same run asked for again: alone, and with the start of Python.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+from gradjax import run as run_module
+from gradjax.compute import compute_results
+from gradjax.config import RunConfig
+from gradjax.demo.problems import random_problem
+from gradjax.model.pretrained import load_model
+from gradjax.model.registry import resolve
+from gradjax.store import finished_rows, read_table
+
+ROWS = (100, 1_000, 10_000)
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Generated word problems with worked solutions, as JSON lines."""
+    rng = Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            problem = random_problem(rng, held_out=False)
+            row = {"instruction": problem.instruction, "output": problem.slow}
+            file.write(json.dumps(row) + "\n")
+
+
+def timed_run(data: str, store: str) -> dict[str, float]:
+    """Runs with everything compiled, and says what it took."""
+    config = RunConfig(data=(data,), output_dir=store)
+    inputs = run_module.read_inputs(config, resolve(config.model), finished_rows(store))
+    batches = run_module.lay_out(config, inputs, devices=1).batches
+    if not finished_rows(store):
+        shapes = {(batch.size, batch.length): batch for batch in batches}
+        decoder = load_model(config.model).decoder
+        list(compute_results(decoder, inputs.tokenized, config.spectra, list(shapes.values())))
+    start = time.perf_counter()
+    run_module.run(config)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "seconds per million tokens": 1e6 * seconds / sum(t.num_tokens for t in inputs.tokenized),
+        "peak bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+    }
+
+
+def timed_reading(_: str, store: str) -> dict[str, float]:
+    """Reads a store as a report would."""
+    start = time.perf_counter()
+    rows = read_table(store, "examples").num_rows
+    columns = ["group", "example_id", "layer", "projection", "nuclear_norm", "effective_rank"]
+    read_table(store, "spectra", columns).to_pandas()
+    return {"rows": rows, "reading seconds": time.perf_counter() - start}
+
+
+def in_process(function: str, data: Path, store: Path) -> dict[str, float]:
+    """A function of this file in a new process, with the seconds that the process took."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.scaling", function, str(data), str(store)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout) | {"process seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Prints the table."""
+    print("   rows  s/Mtoken  peak MiB  bytes/row  files  open s  resume s")
+    for rows in ROWS:
+        with tempfile.TemporaryDirectory() as scratch:
+            data, store = Path(scratch) / "rows.jsonl", Path(scratch) / "run"
+            write_rows(data, rows)
+            run = in_process("timed_run", data, store)
+            shards = [path for path in store.rglob("*.parquet") if path.is_file()]
+            size = sum(path.stat().st_size for path in shards) / rows
+            reading = in_process("timed_reading", data, store)
+            again = in_process("timed_run", data, store)
+            assert reading["rows"] == rows
+            print(
+                f"{rows:>7,}  {run['seconds per million tokens']:>8.1f}"
+                f"  {run['peak bytes'] / 2**20:>8.0f}  {size:>9.0f}  {len(shards):>5}"
+                f"  {reading['reading seconds']:>6.2f}"
+                f"  {again['seconds']:.1f}, {again['process seconds']:.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
+    else:
+        main()

@@ -1,0 +1,107 @@
+"""Checkpoints as `gradjax.convert` writes them: Orbax arrays that any mesh restores as its shards.
+
+A folder with the model's config.json and tokenizer files, `weights/` as Orbax writes it (Zarr,
+uncompressed: measured twice as fast to read as its default), and, written last, `gradjax.json`,
+which says what model it was made from.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+import gradjax
+from gradjax import sharding
+from gradjax.errors import GradjaxError
+from gradjax.model.config import DecoderConfig
+from gradjax.model.decoder import Decoder
+from gradjax.model.parameters import all_parameters
+
+ORIGIN = "gradjax.json"
+_WEIGHTS = "weights"
+
+
+def write_converted(
+    decoder: Decoder, source: Path, directory: Path, origin: Mapping[str, str | None]
+) -> None:
+    """Writes a decoder and the small files of its `source` directory into a new `directory`.
+
+    `origin` tells what it was made from; see `read_origin`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name:
+            shutil.copyfile(file, directory / file.name)
+    weights = {path: _leaf(decoder, path) for path in all_parameters(decoder.config)}
+    with _checkpointer() as checkpointer:
+        checkpointer.save(directory.absolute() / _WEIGHTS, weights)
+    text = json.dumps({"gradjax": gradjax.__version__, **origin}, indent=2)
+    (directory / ORIGIN).write_text(text + "\n", encoding="utf-8")
+
+
+def read_origin(directory: Path) -> dict[str, str | None] | None:
+    """What a converted checkpoint was made from (`identity`, `source`); None for any other folder.
+
+    Raises:
+      GradjaxError: if the file that says so is damaged.
+    """
+    path = directory / ORIGIN
+    if not path.is_file():
+        return None
+    try:
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(origin["identity"], str):
+            return origin
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise GradjaxError(
+        f"{path} is damaged: expected what gradjax.convert wrote there; convert the model again"
+    )
+
+
+def load_converted(
+    directory: Path, config: DecoderConfig, dtype: DTypeLike, mesh: Mesh | None = None
+) -> Decoder:
+    """The decoder of a converted checkpoint, cast to `dtype`; each process reads its own parts.
+
+    Raises:
+      GradjaxError: if arrays are missing, damaged or of other shapes than config.json's.
+    """
+    mesh = mesh or sharding.one_device()
+    wanted = {
+        path: jax.ShapeDtypeStruct(
+            parameter.shape(config),
+            jnp.dtype(dtype),
+            sharding=sharding.weight_sharding(mesh, config, parameter),
+        )
+        for path, parameter in all_parameters(config).items()
+    }
+    args = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+    )
+    try:
+        with _checkpointer() as checkpointer:
+            weights = checkpointer.restore(directory.absolute() / _WEIGHTS, args=args)
+    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        raise GradjaxError(
+            f"{directory / _WEIGHTS} cannot be read ({str(error).splitlines()[0][:200]}), expected "
+            "the arrays of config.json as gradjax.convert writes them; convert the model again"
+        ) from error
+    return Decoder(config, weights, mesh)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+
+
+def _leaf(decoder: Decoder, path: str) -> jax.Array:
+    """The array at a path of the weight table."""
+    first, *rest = path.split(".")
+    owner = decoder.blocks[int(rest[0])] if rest else decoder
+    return getattr(owner, rest[1] if rest else first)[...]
