@@ -121,7 +121,7 @@ def torch_way(shape: Shape, length: int, whole_svd: bool) -> Callable[[], Any]:
 
 def gradjax_way(shape: Shape, length: int, spectrum: str) -> Callable[[], Any]:
     """`compute_results` on one row: everything that `gradjax.main` measures."""
-    from gradjax.compute import compute_results
+    from gradjax.compute import compute_results, plan_rows
     from gradjax.config import SpectraConfig
     from gradjax.structs import Example, TokenizedExample
 
@@ -129,7 +129,8 @@ def gradjax_way(shape: Shape, length: int, spectrum: str) -> Callable[[], Any]:
     tokens, targets = row(shape, length)
     tokenized = [TokenizedExample(Example("row", 0, ""), tokens[0], targets[0])]
     config = SpectraConfig(spectrum=spectrum)  # pyright: ignore[reportArgumentType]
-    return lambda: list(compute_results(decoder, tokenized, config))
+    plans = plan_rows(tokenized, config, decoder.config)
+    return lambda: list(compute_results(decoder, tokenized, config, plans))
 
 
 def floor_way(shape: Shape, length: int) -> Callable[[], Any]:
