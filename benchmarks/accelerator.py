@@ -12,6 +12,7 @@ way. `first s` is the first batch: it compiles what no earlier process of the pr
 Every figure is a line of --output at once; tables are printed at the end.
 """
 
+import functools
 import json
 import math
 import os
@@ -21,21 +22,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from benchmarks.kernels import KERNELS, measure_kernel
-from benchmarks.shapes import block_share, shape_config
+from benchmarks.shapes import shape_config
 from benchmarks.ways import FLOORS, SPECTRA, WAYS, NotMeasuredError
 from gradjax.errors import GradjaxError
 from gradjax.program import start
 
 flags.DEFINE_string("shape", "qwen2.5_7b", "a registered model, or demo")
-flags.DEFINE_integer("layers", None, "measure only so many layers at full width", lower_bound=1)
+flags.DEFINE_integer("layers", None, "so many layers, and as much of the vocabulary", lower_bound=1)
 flags.DEFINE_list("tokens", ["256", "512", "1024", "2048", "4096"], "T, per row")
 flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of weights and activations")
 flags.DEFINE_list("ways", list(WAYS), f"some of {', '.join(WAYS)}")
@@ -80,15 +82,20 @@ def measure_one(name: str, dtype: str) -> Iterator[Record]:
     yield machine()
     measure = _kernel_measurer() if flags.FLAGS.kernels else _way_measurer(name, dtype)
     for cell in cells(name, dtype):
-        try:
-            if time.time() > flags.FLAGS.deadline:
-                raise NotMeasuredError("the time budget was used up")
-            yield cell | measure(cell)
-        except NotMeasuredError as reason:
-            yield cell | {"missing": f"not measured: {reason}"}
-        except Exception as error:  # whatever it is, the rest goes on
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            yield cell | {"missing": f"failed: {first_line}"}
+        yield cell | attempt(partial(measure, cell), "missing")
+
+
+def attempt(work: Callable[[], Record], missing: str) -> Record:
+    """What `work` returns, or under the key `missing` why it did not: the rest goes on."""
+    try:
+        if time.time() > flags.FLAGS.deadline:
+            raise NotMeasuredError("the time budget was used up")
+        return work()
+    except NotMeasuredError as reason:
+        return {missing: f"not measured: {reason}"}
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {missing: f"failed: {first_line}"}
 
 
 def machine() -> Record:
@@ -110,39 +117,53 @@ def machine() -> Record:
     }
 
 
-def _way_measurer(way: str, dtype: str) -> Any:
+def _way_measurer(way: str, dtype: str) -> Callable[[Record], Record]:
+    import jax
+
     from benchmarks import ways
     from benchmarks.profiles import profile
     from gradjax.compute import default_batch_tokens
-    from gradjax.model.decoder import random_decoder
+    from gradjax.model.decoder import Decoder, random_decoder
+    from gradjax.structs import TokenBatch
 
     values = flags.FLAGS
-    decoder = random_decoder(shape_config(values.shape, values.layers), seed=0, dtype=dtype)
+
+    @functools.cache
+    def weights() -> tuple[Decoder, int]:
+        config = shape_config(values.shape, values.layers)
+        decoder = jax.block_until_ready(random_decoder(config, seed=0, dtype=dtype))
+        return decoder, ways.memory_in_use()
+
+    def traced(decoder: Decoder, batch: TokenBatch) -> Record:
+        folder = Path(values.profile) / f"{way}-{dtype}-{batch.tokens.shape[1]}"
+        with ways.starting(way, decoder, batch) as begin:
+            return profile(begin, ways.PROFILED_BATCHES, folder)
 
     def measure(cell: Record) -> Record:
+        decoder, held = weights()
         tokens = cell["tokens"]
         rows = values.rows or max(default_batch_tokens() // tokens, 1)
-        repeats, found = values.repeats, {}
+        repeats = values.repeats
         if way == "dense":
             rows, repeats = 1, 1
             one, example = ways.expected_dense_seconds(decoder)
             if 3 * example > values.longest_s:
                 raise NotMeasuredError(f"one q takes {one:.3g} s, an example about {example:.3g} s")
         batch = ways.random_batch(decoder, rows, tokens)
-        found = ways.measure(way, decoder, batch, repeats, values.deadline) | {"rows": rows}
+        found = ways.measure(way, decoder, batch, repeats, values.deadline, held)
+        found["rows"] = rows
         if way in SPECTRA:
             reference = Path(values.scratch) / f"{dtype}-{tokens}.npz"
-            found |= ways.largest_errors(way, decoder, batch, reference)
+            errors = partial(ways.largest_errors, way, decoder, batch, reference)
+            found |= attempt(errors, "accuracy_missing")
         if values.profile:
-            folder = Path(values.profile) / f"{way}-{dtype}-{tokens}"
-            with ways.starting(way, decoder, batch) as begin:
-                found |= profile(begin, ways.PROFILED_BATCHES, folder)
+            found |= attempt(partial(traced, decoder, batch), "profile_missing")
         return found
 
     return measure
 
 
-def _kernel_measurer() -> Any:
+def _kernel_measurer() -> Callable[[Record], Record]:
     values = flags.FLAGS
     width = shape_config(values.shape).hidden_size
     one: dict[int, float] = {}  # seconds per matrix by T, of the last batch
@@ -199,17 +220,21 @@ def main(_: list[str]) -> None:
     names = KERNELS if values.kernels else [way for way in WAYS if way in values.ways]
     if unknown := set(values.ways) - set(WAYS):
         raise GradjaxError(f"--ways: {', '.join(unknown)}: expected some of {', '.join(WAYS)}")
+    dtypes = [""] if values.kernels else values.dtypes
+    jobs = [(dtype, name) for dtype in dtypes for name in names]
     deadline = time.time() + values.budget_s
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for dtype in values.dtypes if not values.kernels else values.dtypes[:1]:
-            for name in names:
-                for record in run_apart(name, dtype, deadline, scratch):
-                    records.append(record)
-                    logging.info("%s", json.dumps(record))
-                    if values.output:
-                        with open(values.output, "a") as file:
-                            file.write(json.dumps(record) + "\n")
+        for done, (dtype, name) in enumerate(jobs):
+            # Each has a share of the time left, so that no way starves the others.
+            now = time.time()
+            share = now + max(deadline - now, 0) / (len(jobs) - done)
+            for record in run_apart(name, dtype, share, scratch):
+                records.append(record)
+                print(json.dumps(record), file=sys.stderr, flush=True)
+                if values.output:
+                    with open(values.output, "a") as file:
+                        file.write(json.dumps(record) + "\n")
     print_machine(records)
     (print_kernels if values.kernels else print_ways)(
         [record for record in records if "device" not in record]
@@ -233,10 +258,10 @@ def print_ways(records: list[Record]) -> None:
     """One table per dtype and T."""
     values = flags.FLAGS
     whole, config = shape_config(values.shape), shape_config(values.shape, values.layers)
-    print(f"{values.shape}: {config.num_layers} of its {whole.num_layers} layers were measured,")
     print(
-        f"nothing is extrapolated; blocks are {block_share(config):.0%} of the products with "
-        f"weights here, {block_share(whole):.0%} in the whole model"
+        f"{values.shape}: {config.num_layers} of {whole.num_layers} layers were measured, with "
+        f"{config.vocab_size:,} of {whole.vocab_size:,} tokens of the vocabulary; no figure is "
+        "extrapolated"
     )
     for dtype in values.dtypes:
         for tokens in sizes("tokens"):
@@ -263,7 +288,7 @@ def way_line(record: Record, floor: float | None) -> str:
     ratio = f"{per_token(record) / floor:.2f}×" if floor else "no floor"
     peak = ("≤" if record.get("peak_is_older") else "") + f"{record['peak_bytes'] / 2**30:.2f}"
     errors = [record.get(f"{name}_error") for name in ("nuclear_norm", "effective_rank")]
-    notes = [""]
+    notes = ["", *(text for key, text in record.items() if key.endswith("_missing"))]
     if record["recomputes"]:
         notes.append("blocks recomputed")
     if "idle_share" in record:

@@ -10,7 +10,6 @@ from typing import Any
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.hf_config import read_config
-from gradjax.model.parameters import block_parameters
 from gradjax.model.registry import DEMO, resolve
 
 _SIZES = Path(__file__).parent.parent / "tests" / "data" / "model_shapes.csv"
@@ -22,9 +21,10 @@ _ARCHITECTURES = {
 
 
 def shape_config(name: str, layers: int | None = None) -> DecoderConfig:
-    """The decoder of a registered model (`demo`: the embedded one), cut to its first layers.
+    """The decoder of a registered model (`demo`: the embedded one), or its first layers.
 
-    RoPE scaling is left out: it changes no size and no time.
+    With fewer layers the vocabulary is cut in proportion, so that the head keeps its share of the
+    work. RoPE scaling is left out: it changes no size and no time.
 
     Raises:
       GradjaxError: if there is no such model, or it has fewer layers.
@@ -36,7 +36,12 @@ def shape_config(name: str, layers: int | None = None) -> DecoderConfig:
         raise GradjaxError(
             f"--layers={layers}: {name} has {config.num_layers}; expected 1 to {config.num_layers}"
         )
-    return dataclasses.replace(config, num_layers=layers, windows=config.windows[:layers])
+    return dataclasses.replace(
+        config,
+        num_layers=layers,
+        windows=config.windows[:layers],
+        vocab_size=-(-config.vocab_size * layers // config.num_layers),
+    )
 
 
 def _whole_config(name: str) -> DecoderConfig:
@@ -63,11 +68,3 @@ def _whole_config(name: str) -> DecoderConfig:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(values))
         return read_config(Path(directory))
-
-
-def block_share(config: DecoderConfig) -> float:
-    """The blocks' share of products with weights, if every other token is a target."""
-    table = block_parameters(config, layer=0).values()
-    shapes = [p.shape(config) for p in table]
-    blocks = config.num_layers * sum(s[0] * s[1] for s in shapes if len(s) == 2)
-    return blocks / (blocks + config.vocab_size * config.hidden_size / 2)

@@ -144,9 +144,9 @@ def _plain_gradient(decoder: Decoder, batch: TokenBatch) -> Start:
 
 
 def measure(
-    way: str, decoder: Decoder, batch: TokenBatch, repeats: int, deadline: float
+    way: str, decoder: Decoder, batch: TokenBatch, repeats: int, deadline: float, held: int
 ) -> dict[str, Any]:
-    """Seconds per batch (median) and its peak memory above the weights, in bytes.
+    """Seconds per batch (median) and its peak memory, in bytes above `held` (`memory_in_use`).
 
     As in a run, a batch is started before the one before it is waited for; `first_seconds` is of
     the first, which compiles. Fewer repeats fit where `deadline` (of `time.time`) comes before.
@@ -154,7 +154,7 @@ def measure(
     Raises:
       NotMeasuredError: if the deadline has passed.
     """
-    with peak_memory() as memory, starting(way, decoder, batch) as start:
+    with peak_memory(held) as memory, starting(way, decoder, batch) as start:
         began = time.perf_counter()
         start()()
         first_seconds = time.perf_counter() - began
@@ -179,26 +179,29 @@ def measure(
     } | memory
 
 
+def memory_in_use() -> int:
+    """Bytes held on the device, or by this process where that is not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_in_use", anonymous_memory())
+
+
 @contextmanager
-def peak_memory() -> Iterator[dict[str, Any]]:
+def peak_memory(held: int) -> Iterator[dict[str, Any]]:
     """Fills a dict with the peak of device memory, or of the process's where that is not known.
 
-    `peak_bytes` is above what was held at the start. A device's peak is the process's since it
-    began: with `peak_is_older` nothing more was used than by earlier work.
+    `peak_bytes` is above `held`. A device's peak is that since the process began: with
+    `peak_is_older` nothing more was used than by earlier work.
     """
     memory: dict[str, Any] = {}
     device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" not in stats:
-        held = anonymous_memory()
-        with PeakMemory() as peak:
-            yield memory
+    before = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    with PeakMemory() as peak:
+        yield memory
+    if before is None:
         memory["peak_bytes"] = peak.bytes - held
-        return
-    yield memory
-    peak_bytes = (device.memory_stats() or {})["peak_bytes_in_use"]
-    memory["peak_bytes"] = peak_bytes - stats["bytes_in_use"]
-    memory["peak_is_older"] = peak_bytes == stats["peak_bytes_in_use"]
+    else:
+        after = (device.memory_stats() or {})["peak_bytes_in_use"]
+        memory |= {"peak_bytes": after - held, "peak_is_older": after == before}
 
 
 def expected_dense_seconds(decoder: Decoder) -> tuple[float, float]:
@@ -262,7 +265,7 @@ def _values(way: str, decoder: Decoder, factors: Factors, lengths: np.ndarray) -
 
 def _make_reference(decoder: Decoder, batch: TokenBatch, file: Path) -> None:
     place = partial(place_examples, decoder.mesh)
-    middle = decoder.config.num_layers // 2
+    middle = (decoder.config.num_layers - 1) // 2
     tokens, targets = place(batch.tokens), place(batch.targets)
     keep = settings(decoder, batch).keep_activations
     _, stream = attention_gradients(decoder, tokens, targets, middle, keep_activations=keep)

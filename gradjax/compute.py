@@ -16,7 +16,6 @@ from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
 from gradjax.model.parameters import block_parameters
 from gradjax.plan import fitting_memory
-from gradjax.sharding import DATA
 from gradjax.spectra.batch import RowSpectra, SpectraSettings, batch_spectra
 from gradjax.spectra.decompose import Decompose, decomposer, decomposes_on_host, default_route
 from gradjax.spectra.singular_values import Route
@@ -144,11 +143,6 @@ def resolved_route(config: SpectraConfig) -> Route:
 def _decompose(config: SpectraConfig, mesh: Mesh) -> Iterator[Decompose | None]:
     """The way to singular values; None for the dense path."""
     if config.spectrum == "dense":
-        if mesh.size > mesh.shape[DATA]:
-            raise GradjaxError(
-                f"--spectrum=dense needs all weights on each device, and --mesh splits them "
-                f"({dict(mesh.shape)}); use --mesh=data:{mesh.size}"
-            )
         yield None
         return
     on_host = decomposes_on_host(mesh.devices.flat[0].platform)

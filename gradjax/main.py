@@ -89,7 +89,7 @@ def main(_: list[str]) -> None:
         print_plan(wanted)
         return
     directory = run(wanted)
-    if jax.process_index():
+    if wanted.processes == "sharded" and jax.process_index():
         return  # sharded processes end together, and the first one speaks for them
     if missing := rows_to_come(directory):
         print(f"This process is done; {missing} rows of the run's other processes are to come.")

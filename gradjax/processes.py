@@ -8,7 +8,7 @@ Sharded processes hold one model together, on all their devices, and live and di
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from gradjax.errors import GradjaxError
 
 AUTO = "auto"
 _STOPPED = "gradjax/stopped/"
-_LEAVING_SECONDS = 60  # all have passed a barrier just before they leave
+# How long one that leaves waits for the others: they come at once, or hear why it gave up.
+_LEAVING_SECONDS = 60
 _POLL_SECONDS = 0.05
 
 
@@ -32,32 +33,52 @@ class Processes:
     sharded: bool = False
     _client: Any = None  # None for a single process, and after parting
     _service: Any = None  # of process 0
-    _waits: int = 0
+    _exchanges: int = 0
 
     def devices(self) -> list[Any]:
         """The devices that one model is laid out on."""
         return jax.devices() if self.sharded else jax.local_devices()
 
-    def barrier(self) -> None:
-        """Returns once all processes have called it.
+    def exchange(self, value: str) -> list[str]:
+        """Every process's value, in their order, once all have given one.
 
         Raises:
           GradjaxError: if one of them has stopped, with its reason.
         """
         if not self._client:
-            return
-        self._waits += 1
-        here = f"gradjax/{self._waits}/"
-        self._client.key_value_set(f"{here}{self.index}", "")
-        while len(self._client.key_value_dir_get(here)) < self.count:
-            for _, reason in self._client.key_value_dir_get(_STOPPED):
-                raise GradjaxError(f"another process of this run has stopped: {reason}")
-            time.sleep(_POLL_SECONDS)
+            return [value]
+        self._exchanges += 1
+        here = f"gradjax/{self._exchanges}/"
+        try:
+            self._client.key_value_set(f"{here}{self.index}", value)
+            while len(given := self._client.key_value_dir_get(here)) < self.count:
+                for _, reason in self._client.key_value_dir_get(_STOPPED):
+                    raise GradjaxError(f"another process of this run has stopped: {reason}")
+                time.sleep(_POLL_SECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            raise GradjaxError(
+                f"process {self.index} of {self.count} has lost the others "
+                f"({str(error).splitlines()[0]}); see their logs, and start all of them again"
+            ) from error
+        return [value for _, value in sorted(given, key=lambda pair: int(pair[0].split("/")[-1]))]
+
+    def barrier(self) -> None:
+        """Returns once all processes have called it; raises as `exchange`."""
+        self.exchange("")
+
+    def require_same(self, what: str) -> None:
+        """Raises GradjaxError unless all processes say the same."""
+        if len(set(self.exchange(what))) > 1:
+            raise GradjaxError(
+                "the processes of this run differ in flags, data, model or number of devices; "
+                "start all of them with the same ones"
+            )
 
     def stopped(self, reason: str) -> None:
         """Lets the others, who may be waiting, know that this one gives up."""
         if self._client:
-            self._client.key_value_set(f"{_STOPPED}{self.index}", reason)
+            with suppress(jax.errors.JaxRuntimeError):
+                self._client.key_value_set(f"{_STOPPED}{self.index}", reason)
 
     def part(self) -> None:
         """Ends what ties independent processes together, once all have come here."""
@@ -117,8 +138,8 @@ def join(
     logging.info("Process %d of %d", processes.index, processes.count)
     try:
         yield processes
-    except GradjaxError as error:
-        processes.stopped(str(error))
+    except BaseException as error:
+        processes.stopped(str(error) or type(error).__name__)
         processes.part()
         raise
     if sharded:

@@ -35,8 +35,9 @@ from gradjax.compute import (
 from gradjax.config import RunConfig
 from gradjax.data.batches import MULTIPLE, BatchPlan
 from gradjax.data.examples import to_example
-from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
+from gradjax.data.sources import data_hash, parse_data_flags, read_rows
 from gradjax.data.tokens import check_tokenizer, describe, tokenize
+from gradjax.device import agree_on_memory, device_memory
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.hf_config import read_config
@@ -45,7 +46,7 @@ from gradjax.model.pretrained import identity, load_weights
 from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 from gradjax.plan import Plan, estimated_seconds, fits, format_plan, make_plan, require_fit
 from gradjax.processes import Processes, join
-from gradjax.sharding import local_slots, log_unsplit, make_mesh, parse_mesh
+from gradjax.sharding import DATA, local_slots, log_unsplit, make_mesh, parse_mesh
 from gradjax.spectra.decompose import decomposes_on_host
 from gradjax.store import FinishedRow, Key, Store, finished_rows, open_store
 from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
@@ -63,7 +64,7 @@ class _Inputs:
     checkpoint: Checkpoint
     model: DecoderConfig
     tokenizer: PreTrainedTokenizerFast
-    rows: dict[Source, list[object]]
+    data: dict[str, dict[str, Any]]  # by group: source, number of rows, hash
     tokenized: list[TokenizedExample]
 
 
@@ -99,19 +100,25 @@ def keep_compiled_programs() -> None:
 
 def _run(config: RunConfig, processes: Processes) -> str | Path:
     keep_compiled_programs()
-    checkpoint = resolve(config.model, weights=not config.random_init)
+    checkpoint = resolve(config.model, weights=False)
     directory = config.output_dir or Path(f"runs/{checkpoint.name}")
     known = {} if config.overwrite else finished_rows(directory)
     inputs = read_inputs(config, checkpoint, known)
     tokenized = inputs.tokenized
     devices = processes.devices()
+    if processes.count > 1:
+        agree_on_memory(min(map(int, processes.exchange(str(device_memory())))))
     planned = lay_out(config, inputs, len(devices))
-    require_fit(planned, remedies(config, inputs, planned.mesh, processes.count))
+    others = 1 if processes.sharded else processes.count
+    require_fit(planned, remedies(config, inputs, planned.mesh, others))
+    checkpoint = resolve(config.model, weights=not config.random_init)
+    inputs = dataclasses.replace(inputs, checkpoint=checkpoint)
     mesh = make_mesh(planned.mesh, devices)
     log_unsplit(mesh, inputs.model)
     log_first_example(tokenized, inputs.tokenizer)
 
     settings = number_settings(config, inputs)
+    processes.require_same(_sha256(repr((settings, inputs.data, planned.mesh, planned.batches))))
     load = partial(
         load_weights,
         checkpoint,
@@ -132,6 +139,8 @@ def _run(config: RunConfig, processes: Processes) -> str | Path:
     ) as store:
         store.write_manifest(manifest(config, settings, inputs, planned, store))
         processes.part()
+        if any(store.finished.get(key) != row for key, row in known.items()):
+            raise GradjaxError(f"{directory} was replaced while this run began; start it again")
         finished = finished_positions(store, tokenized)
         # Sharded processes compute every batch together, independent ones take turns.
         share = slice(None) if processes.sharded else slice(processes.index, None, processes.count)
@@ -172,7 +181,10 @@ def print_plan(config: RunConfig) -> None:
       GradjaxError: as `run`, and, after printing, if the run would not fit.
     """
     inputs = read_inputs(config, resolve(config.model, weights=False), {})
-    planned = lay_out(config, inputs, jax.local_device_count())
+    devices = jax.local_device_count()
+    if config.processes == "sharded":
+        devices *= config.num_processes or 1
+    planned = lay_out(config, inputs, devices)
     print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype)))
     require_fit(planned, remedies(config, inputs, planned.mesh))
 
@@ -185,9 +197,15 @@ def read_inputs(
     config.spectra.layer_numbers(model.num_layers)  # refused before anything is read
     tokenizer = load_tokenizer(checkpoint.directory)
     check_tokenizer(tokenizer, config.tokens)
-    rows = {source: read_rows(source, config.limit) for source in parse_data_flags(config.data)}
+    data: dict[str, dict[str, Any]] = {}
     tokenized = []
-    for source, source_rows in rows.items():
+    for source in parse_data_flags(config.data):
+        source_rows = read_rows(source, config.limit)
+        data[source.group] = {
+            "source": source.location,
+            "rows": len(source_rows),
+            "hash": data_hash(source_rows),
+        }
         for number, row in enumerate(source_rows):
             example = to_example(row, source.group, number)
             found = known.get((source.group, number))
@@ -196,7 +214,7 @@ def read_inputs(
             else:
                 tokenized.append(tokenize(example, tokenizer, config.tokens))
     check_vocabulary(tokenized, model)
-    return _Inputs(checkpoint, model, tokenizer, rows, tokenized)
+    return _Inputs(checkpoint, model, tokenizer, data, tokenized)
 
 
 def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
@@ -206,6 +224,7 @@ def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
         example,
         np.broadcast_to(np.int32(0), found.num_tokens),
         np.broadcast_to(np.bool_(False), found.num_tokens),
+        truncated=found.truncated,
         status="ok" if computed else cast(Status, found.status),
     )
 
@@ -216,9 +235,15 @@ def lay_out(config: RunConfig, inputs: _Inputs, devices: int) -> Plan:
     Without `--mesh` it is `data` over all devices where the model fits one of them, else `fsdp`.
     """
     if config.mesh:
-        return _plan(config, inputs, parse_mesh(config.mesh))
+        mesh = parse_mesh(config.mesh)
+        if config.spectra.spectrum == "dense" and math.prod(mesh.values()) > mesh[DATA]:
+            raise GradjaxError(
+                f"--mesh={config.mesh}: --spectrum=dense needs all weights on each device; use "
+                f"--mesh=data:{math.prod(mesh.values())}"
+            )
+        return _plan(config, inputs, mesh)
     chosen = _plan(config, inputs, parse_mesh(f"data:{devices}"))
-    if devices > 1 and not fits(chosen):
+    if devices > 1 and not fits(chosen) and config.spectra.spectrum == "factored":
         return _plan(config, inputs, parse_mesh(f"fsdp:{devices}"))
     return chosen
 
@@ -348,7 +373,7 @@ def with_progress(
             rows += len(batch)
             bar.update(sum(r.tokenized.num_tokens for r in batch))
             now = time.monotonic()
-            if not terminal and (now - last > 15 or done == tokens):
+            if not terminal and done and (now - last > 15 or done == tokens):
                 last = now
                 logging.info(
                     "%d of %d rows, %.0f %% of tokens, %.0f s left",
@@ -451,15 +476,7 @@ def manifest(
             for projection in config.spectra.projections
         },
         # Groups of an earlier call stay: groups may be added to a run.
-        "data": store.manifest.get("data", {})
-        | {
-            source.group: {
-                "source": source.location,
-                "rows": len(source_rows),
-                "hash": data_hash(source_rows),
-            }
-            for source, source_rows in inputs.rows.items()
-        },
+        "data": store.manifest.get("data", {}) | inputs.data,
         "versions": {
             "gradjax": gradjax.__version__,
             "python": platform.python_version(),

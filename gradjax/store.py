@@ -92,6 +92,7 @@ class FinishedRow(NamedTuple):
     row_hash: str
     status: str
     num_tokens: int
+    truncated: bool
 
 
 class Store:
@@ -145,7 +146,12 @@ class Store:
             pq.write_table(data, shard, **_ENCODINGS[table])
             self._place.put(f"{table}/{name}", shard.getvalue())
         self.finished |= {
-            _key(r): FinishedRow(r.tokenized.example.row_hash, r.status, r.tokenized.num_tokens)
+            _key(r): FinishedRow(
+                r.tokenized.example.row_hash,
+                r.status,
+                r.tokenized.num_tokens,
+                r.tokenized.truncated,
+            )
             for r in results
         }
 

@@ -103,14 +103,15 @@ def test_row_alone_equals_float64_autograd(pair, route, length):
     assert_equals_oracle(result, hf_model, batch.tokens[0], batch.targets[0])
 
 
+@pytest.mark.parametrize("route", ["gram", None], ids=["gram", "dense"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_sides_of_an_attention_chunk_equal_float64_autograd(family, tmp_path):
+def test_both_sides_of_an_attention_chunk_equal_float64_autograd(family, route, tmp_path):
     hf_model = make_hf_model(family, seed=3, max_position_embeddings=1024)
     directory = save_checkpoint(hf_model, tmp_path)
     decoder = load_decoder(directory, read_config(directory), jnp.float32)
     lengths = [CHUNKS["cpu"], CHUNKS["cpu"] + 1, 2 * CHUNKS["cpu"] + 11]
     batch = make_batch(lengths)
-    for row, result in enumerate(spectra_of(decoder, batch, "gram")):
+    for row, result in enumerate(spectra_of(decoder, batch, route)):
         tokens, targets = batch.tokens[row], batch.targets[row]
         assert_equals_oracle(result, hf_model, tokens[: lengths[row]], targets[: lengths[row]])
 

@@ -35,24 +35,15 @@ def attention(
     v: Float[Array, "B T C"],
     rope: Float[Array, "2 T half"],
     window: Int[Array, ""],
-) -> Float[Array, "B T Q"]:
+) -> tuple[Float[Array, "B T Q"], Float[Array, "B T N"]]:
     """Attention between the projections q, k, v and the input of o.
 
-    A token sees itself and the `window - 1` tokens before it. Scores and softmax are
-    float32.
+    A token sees itself and the `window - 1` tokens before it. Scores and softmax are float32.
+
+    Returns:
+      What o takes, and the logarithm of each softmax's sum, which `attention_backward` needs and
+      through which no gradient is taken.
     """
-    return attention_forward(config, q, k, v, rope, window)[0]
-
-
-def attention_forward(
-    config: DecoderConfig,
-    q: Float[Array, "B T Q"],
-    k: Float[Array, "B T C"],
-    v: Float[Array, "B T C"],
-    rope: Float[Array, "2 T half"],
-    window: Int[Array, ""],
-) -> tuple[Float[Array, "B T Q"], Float[Array, "B T N"]]:
-    """`attention`, and the logarithm of each softmax's sum for `attention_backward`."""
     qs, ks, vs = _rotated_chunks(config, q, k, v, rope)
     _, batch, chunk, *heads, width = qs.shape
     rows = (batch, *heads, chunk)
@@ -123,17 +114,19 @@ def attention_backward(
     return unrotate(dq), unrotate(dk), dv
 
 
-def _forward_rule(config: DecoderConfig, *inputs: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, log_sums = attention_forward(config, *inputs)
-    return out, (*inputs, out, log_sums)
+def _forward_rule(
+    config: DecoderConfig, *inputs: Array
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    out, log_sums = attention(config, *inputs)
+    return (out, log_sums), (*inputs, out, log_sums)
 
 
 def _backward_rule(
-    config: DecoderConfig, kept: tuple[Any, ...], cotangent: Array
+    config: DecoderConfig, kept: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array | None, ...]:
     q, k, v, rope, window, out, log_sums = kept
     inputs = (q, k, v, rope, window)
-    return *attention_backward(config, *inputs, out, log_sums, cotangent), None, None
+    return *attention_backward(config, *inputs, out, log_sums, cotangents[0]), None, None
 
 
 attention.defvjp(_forward_rule, _backward_rule)
@@ -191,7 +184,7 @@ def _rotated_chunks(
     Float[Array, "n B S K H"],
 ]:
     """q, k (rotated) and v in equal chunks of at most `CHUNKS` tokens, zero-padded at the end."""
-    chunks = -(-q.shape[1] // CHUNKS[jax.default_backend()])
+    chunks = -(-q.shape[1] // CHUNKS.get(jax.default_backend(), CHUNKS["gpu"]))
     q, k = (_rotate_heads(config, x, rope) for x in (q, k))
     shape = (-1, config.num_kv_heads, config.head_dim)
     ks, vs = (_chunked(x, chunks) for x in (k, v))

@@ -93,6 +93,12 @@ def load_converted(
             f"{directory / _WEIGHTS} cannot be read ({str(error).splitlines()[0][:200]}), expected "
             "the arrays of config.json as gradjax.convert writes them; convert the model again"
         ) from error
+    for path, weight in weights.items():
+        if not jnp.isfinite(weight).all():
+            raise GradjaxError(
+                f"{directory / _WEIGHTS}: {path} holds NaN or infinite values (as "
+                f"{weight.dtype.name}), expected finite weights; convert the model again"
+            )
     return Decoder(config, weights, mesh)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from gradjax import sharding
 from gradjax.model import layers
-from gradjax.model.attention import attention_forward
+from gradjax.model.attention import attention
 from gradjax.model.config import DecoderConfig
 from gradjax.model.parameters import (
     Parameter,
@@ -174,7 +174,7 @@ def block_forward(
         own_examples(y, matrices[name]) + bias(config, block, name)
         for name, y in zip("qkv", heads, strict=True)
     )
-    attended, log_sums = attention_forward(config, q, k, v, rope, window)
+    attended, log_sums = attention(config, q, k, v, rope, window)
     o = matrices["o"]
     attention_out = to_stream((own_columns(attended, o), o))
     middle = x + post_norm(config, attention_out, block, "attention_post_norm")

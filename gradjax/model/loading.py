@@ -99,9 +99,14 @@ def stored_dtype(directory: Path) -> np.dtype:
     """The dtype that holds a checkpoint's weights without loss: bfloat16 or float32.
 
     Raises:
-      GradjaxError: as `load_decoder` for missing and damaged files.
+      GradjaxError: as `load_decoder` for missing and damaged files, and for float64 ones.
     """
     tensors, _ = _locate(*_checkpoint_files(Path(directory)))
+    if wide := [name for name, tensor in tensors.items() if tensor.dtype == "F64"]:
+        raise GradjaxError(
+            f"{directory}: {wide[0]} is float64, which cannot be converted without loss; use the "
+            "checkpoint as it is"
+        )
     bfloat16 = all(tensor.dtype == "BF16" for tensor in tensors.values())
     return jnp.dtype(jnp.bfloat16 if bfloat16 else jnp.float32)
 

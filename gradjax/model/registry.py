@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -80,7 +81,7 @@ def resolve(model: str, *, weights: bool = True) -> Checkpoint:
         path = directory.resolve()
         return Checkpoint(_folder_name(path.name), path, str(path), None, read_origin(path))
     if "://" in model:
-        return _from_object_store(model)
+        return _from_object_store(model, weights)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         return _from_hub(_folder_name(model), model, weights)
     raise _unknown(model)
@@ -116,18 +117,21 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _from_object_store(url: str) -> Checkpoint:
+def _from_object_store(url: str, weights: bool) -> Checkpoint:
     """A converted checkpoint, fetched once into this machine's cache."""
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         origin = filesystem.cat_file(f"{path}/{ORIGIN}")
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradjax"
         key = hashlib.sha256(url.encode() + origin).hexdigest()[:16]
-        directory = cache / "models" / key
+        directory = cache / ("models" if weights else "configs") / key
         if not directory.exists():
-            fetching = Path(tempfile.mkdtemp(dir=_made(directory.parent)))
-            filesystem.get(f"{path.rstrip('/')}/", str(fetching), recursive=True)
-            fetching.rename(directory)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+                fetched = Path(scratch) / key
+                filesystem.get(f"{path.rstrip('/')}/", f"{fetched}/", recursive=weights)
+                with suppress(FileExistsError, OSError):  # another process was faster
+                    fetched.rename(directory)
     except Exception as error:  # each filesystem has errors of its own
         raise GradjaxError(
             f"--model={url} cannot be fetched ({_first_line(error)}), expected what "
@@ -135,11 +139,6 @@ def _from_object_store(url: str) -> Checkpoint:
         ) from error
     name = _folder_name(url.rstrip("/").rsplit("/", 1)[-1])
     return Checkpoint(name, directory, url, None, read_origin(directory))
-
-
-def _made(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 def _from_hub(name: str, repo: str, weights: bool) -> Checkpoint:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +67,14 @@ def _on_host(
     factors: Factors,
     lengths: np.ndarray,
 ) -> Callable[[], Values]:
+    @cache  # in the pool's threads, since it waits for the device
+    def fetched(projection: Projection) -> tuple[np.ndarray, ...]:
+        return tuple(map(local_examples, factors.of(projection)))
+
     def work(group: tuple[Projection, ...], row: int) -> list[np.ndarray]:
         length = max(int(lengths[row]), 1)
-        x = local_examples(factors.of(group[0])[0])[row, :length]
-        deltas = [local_examples(factors.of(p)[1])[row, :length] for p in group]
+        x = fetched(group[0])[0][row, :length]
+        deltas = [fetched(projection)[1][row, :length] for projection in group]
         if not all(np.isfinite(array).all() for array in (x, *deltas)):
             return [np.full(1, np.nan)] * len(group)
         values: list[np.ndarray] = [x] * len(group)
