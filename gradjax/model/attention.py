@@ -27,7 +27,10 @@ Index = Array | int  # of a chunk; an int where there is only one
 _einsum = partial(einsum, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+_with_own_backward: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))
+
+
+@_with_own_backward
 def attention(
     config: DecoderConfig,
     q: Float[Array, "B T Q"],
