@@ -244,8 +244,8 @@ class TestResuming:
                 store.append(map(made_up_result, range(first, first + 5)))
                 finished = dict(store.finished)
         assert finished == finished_rows(directory)
-        assert finished["rows", 7] == ("hash 7", "empty_response", 8)
-        assert finished["rows", 9] == ("hash 9", "ok", 10)
+        assert finished["rows", 7] == ("hash 7", "empty_response", 8, False)
+        assert finished["rows", 9] == ("hash 9", "ok", 10, False)
 
     @pytest.mark.parametrize("files_placed", [2, 3, 4, 6])
     def test_killed_between_any_two_files(
