@@ -6,7 +6,8 @@
 
 Random weights of a registered model's shape, no network, no checkpoint. benchmarks/ways.py says
 what the ways are; each runs in a process of its own per dtype, so that memory is its own and a
-crash costs no other figure. Ratios are to the faster floor, per token. Accuracy is the largest
+crash costs no other figure. Ratios are to the faster floor, per token; `cpu s` is what a batch
+takes of the host's cores: on a CPU that others use, the better measure of work. Accuracy is the largest
 relative error against float64 over the projections of one layer, of the same factors for every
 way. `first s` is the first batch: it compiles what no earlier process of the program compiled.
 Every figure is a line of --output at once; tables are printed at the end.
@@ -268,8 +269,8 @@ def print_ways(records: list[Record]) -> None:
             rows = [r for r in records if (r["dtype"], r["tokens"]) == (dtype, tokens)]
             print(f"\n{dtype}, T={tokens}")
             print(
-                f"{'':9}{'rows':>5}{'seconds':>10}{'of floor':>10}{'tokens/s':>10}{'peak GiB':>10}"
-                f"{'first s':>9}{'nuclear':>10}{'eff. rank':>10}"
+                f"{'':9}{'rows':>5}{'seconds':>10}{'of floor':>10}{'tokens/s':>10}{'cpu s':>9}"
+                f"{'peak GiB':>10}{'first s':>9}{'nuclear':>10}{'eff. rank':>10}"
             )
             floors = [per_token(r) for r in rows if r["way"] in FLOORS and "seconds" in r]
             for record in rows:
@@ -296,7 +297,8 @@ def way_line(record: Record, floor: float | None) -> str:
         notes.append(f"idle {idle:.1%}, longest {longest * 1e3:.1f} ms")
     return (
         f"{record['way']:9}{record['rows']:5}{record['seconds']:10.4g}{ratio:>10}"
-        f"{1 / per_token(record):10.4g}{peak:>10}{record['first_seconds']:9.1f}"
+        f"{1 / per_token(record):10.4g}{record['cpu_seconds']:9.4g}{peak:>10}"
+        f"{record['first_seconds']:9.1f}"
         + "".join(f"{error:10.0e}" if error is not None else " " * 10 for error in errors)
         + "  ".join(notes)
     )

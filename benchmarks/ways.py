@@ -149,7 +149,8 @@ def measure(
     """Seconds per batch (median) and its peak memory, in bytes above `held` (`memory_in_use`).
 
     As in a run, a batch is started before the one before it is waited for; `first_seconds` is of
-    the first, which compiles. Fewer repeats fit where `deadline` (of `time.time`) comes before.
+    the first, which compiles, `cpu_seconds` of the process's threads on the host's cores. Fewer
+    repeats fit where `deadline` (of `time.time`) comes before.
 
     Raises:
       NotMeasuredError: if the deadline has passed.
@@ -159,13 +160,15 @@ def measure(
         start()()
         first_seconds = time.perf_counter() - began
         seconds: list[float] = []
+        cpu_seconds: list[float] = []
         waiting = start()
         while len(seconds) < repeats and time.time() + max(seconds, default=0) < deadline:
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             following = start()
             waiting()
             waiting = following
             seconds.append(time.perf_counter() - began)
+            cpu_seconds.append(time.process_time() - cpu_began)
         waiting()
     if not seconds:
         raise NotMeasuredError("the time budget was used up")
@@ -173,6 +176,7 @@ def measure(
         "seconds": statistics.median(seconds),
         "fastest_seconds": min(seconds),
         "slowest_seconds": max(seconds),
+        "cpu_seconds": statistics.median(cpu_seconds),
         "repeats": len(seconds),
         "first_seconds": first_seconds,
         "recomputes": way != "grad" and not settings(decoder, batch).keep_activations,

@@ -1,10 +1,10 @@
 """What sharding_test.py runs in processes that have 8 CPU devices: prints JSON."""
 
-import contextlib
 import io
 import json
 import re
 import sys
+from logging import StreamHandler
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,8 @@ def restored_and_loaded(source: str, converted: str, splits: str) -> list:
 def log_lines(directory: str, split: str) -> list[str]:
     """What is said about axes that do not divide."""
     stream = io.StringIO()
-    logging.get_absl_handler().python_handler.stream = stream
-    with contextlib.redirect_stderr(stream):
-        log_unsplit(mesh_of(json.loads(split)), read_config(Path(directory)))
+    logging.get_absl_logger().addHandler(StreamHandler(stream))
+    log_unsplit(mesh_of(json.loads(split)), read_config(Path(directory)))
     return stream.getvalue().splitlines()
 
 

@@ -128,7 +128,7 @@ def _backward_rule(
     config: DecoderConfig, kept: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array | None, ...]:
     q, k, v, rope, window, out, log_sums = kept
-    inputs = (q, k, v, rope, window)
+    inputs = (q, k, v, rope, jnp.asarray(window))  # a literal comes back as a NumPy scalar
     return *attention_backward(config, *inputs, out, log_sums, cotangents[0]), None, None
 
 
