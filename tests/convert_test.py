@@ -21,9 +21,6 @@ from gradjax.model.pretrained import convert, identity, load_weights
 from gradjax.model.registry import resolve
 from tests.checkpoints import FAMILIES, make_hf_model, save_checkpoint
 from tests.sharding_test import run_on_eight_devices
-from tests.store_test import bucket
-
-__all__ = ["bucket"]  # a fixture
 
 
 def in_dtype(directory: Path, dtype: str) -> None:

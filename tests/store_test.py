@@ -1,7 +1,6 @@
 """The store in a directory and in an object store, written by real processes that are killed."""
 
 import dataclasses
-import logging as standard_logging
 import multiprocessing
 import os
 import shutil
@@ -16,7 +15,6 @@ import pandas as pd
 import pytest
 import s3fs
 from absl import logging
-from moto.server import ThreadedMotoServer
 
 import gradjax
 from gradjax import places
@@ -29,24 +27,6 @@ from tests.store_writer import LAYERS, MANIFEST, SETTINGS, SHARD, made_up_result
 
 ROWS = 23
 Directory = Path | str
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URL of a bucket on a server that speaks S3, which the environment points to."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    standard_logging.getLogger("werkzeug").setLevel("WARNING")  # not a line per request
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "anyone")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem().mkdir("spectra-bucket")
-        yield "s3://spectra-bucket"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
