@@ -7,10 +7,10 @@
 Random weights of a registered model's shape, no network, no checkpoint. benchmarks/ways.py says
 what the ways are; each runs in a process of its own per dtype, so that memory is its own and a
 crash costs no other figure. Ratios are to the faster floor, per token; `cpu s` is what a batch
-takes of the host's cores: on a CPU that others use, the better measure of work. Accuracy is the largest
-relative error against float64 over the projections of one layer, of the same factors for every
-way. `first s` is the first batch: it compiles what no earlier process of the program compiled.
-Every figure is a line of --output at once; tables are printed at the end.
+takes of the host's cores: on a CPU that others use, the better measure of work. Accuracy is the
+largest relative error against float64 over the projections of one layer, of the same factors for
+every way. `first s` is the first batch: it compiles what no earlier process of the program
+compiled. Every figure is a line of --output at once; tables are printed at the end.
 """
 
 import functools
@@ -188,6 +188,8 @@ def run_apart(name: str, dtype: str, deadline: float, scratch: str) -> Iterator[
     environment = {
         "JAX_COMPILATION_CACHE_DIR": f"{scratch}/compiled",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # jax 0.10.2 on a CPU of few cores: batched decompositions starve its pool and hang.
+        "PJRT_NPROC": "16",
         **os.environ,
     }
     left = cells(name, dtype)

@@ -55,6 +55,7 @@ from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
 # more makes fewer files.
 _FLUSH_SECONDS = 10.0
 _FLUSH_VALUES = 16_000_000  # singular values held in memory
+_FLUSH_ROWS = 256  # of a small model, whose values weigh less than the objects around them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,7 +393,8 @@ def shards(batches: Iterator[list[ExampleResult]]) -> Iterator[list[ExampleResul
     for batch in batches:
         held += batch
         values += sum(s.singular_values.size for result in batch for s in result.spectra)
-        if time.monotonic() - since > _FLUSH_SECONDS or values > _FLUSH_VALUES:
+        full = values > _FLUSH_VALUES or len(held) >= _FLUSH_ROWS
+        if full or time.monotonic() - since > _FLUSH_SECONDS:
             yield held
             held, values, since = [], 0, time.monotonic()
     if held:
