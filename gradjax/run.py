@@ -291,16 +291,20 @@ def _batches(
 
 def append_behind(store: Store, written: Iterator[list[ExampleResult]], config: RunConfig) -> None:
     """Writes each shard in a thread of its own while the next one is computed."""
+    waited = 0.0
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         for shard in written:
             if writing:
+                since = time.monotonic()
                 writing.result()
+                waited += time.monotonic() - since
             writing = writer.submit(
                 store.append, shard, singular_values=config.store_singular_values
             )
         if writing:
             writing.result()
+    logging.info("Computing waited %.2f s for shards being written", waited)
 
 
 def local_rows(mesh: Mesh, batch: BatchPlan) -> list[int]:
