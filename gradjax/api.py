@@ -88,6 +88,30 @@ class Run:
         """One row per example and pair of gradients: their cosine."""
         return read_table(self.directory, "similarity").to_pandas()
 
+    def compare(
+        self, high: str, low: str, *, equal_length: "Run | None" = None, layers: str = "all"
+    ) -> pd.DataFrame:
+        """Two groups' statistics, their gaps, and whether they differ beyond length.
+
+        Args:
+          high, low: groups of the run; a gap is high − low.
+          equal_length: a run of the same rows with `--target_tokens`.
+          layers: as `--layers` of `gradjax.main`; an example's value is its mean over them.
+
+        Returns:
+          The rows and columns of the report's `comparisons.csv`; see gradjax/report/length.py
+          for the rule behind `beyond_length`.
+
+        Raises:
+          GradjaxError: if the run is not finished, a group is unknown, or none of its rows `ok`.
+        """
+        from gradjax.report.compare import COLUMNS, adjusted, compare  # SciPy, statsmodels
+        from gradjax.report.values import read_values
+
+        alone = read_values(equal_length.directory, layers) if equal_length else None
+        compared = compare(read_values(self.directory, layers), high, low, alone)
+        return adjusted([compared])[COLUMNS]
+
 
 def open_run(directory: str | Path) -> Run:
     """Opens a run that `gradjax.main` wrote, finished or not.

@@ -9,6 +9,7 @@ rank and cosines as Parquet tables. Called again with the same flags it goes on 
   python -m gradjax.main --flagfile=configs/qwen2.5_1.5b.flags --data=rows.jsonl --limit=10
 """
 
+from pathlib import Path
 from typing import get_args
 
 from absl import flags
@@ -94,8 +95,21 @@ def main(_: list[str]) -> None:
     if missing := rows_to_come(directory):
         print(f"This process is done; {missing} rows of the run's other processes are to come.")
     else:
-        print("\n".join([format_table(group_means(directory)), *unused_rows(directory)]))
+        table = group_means(directory)
+        print("\n".join([format_table(table), *unused_rows(directory)]))
+        if len(table) == 2 and table["rows", "used"].all():
+            print_comparison(directory, *table.index)
     print(f"\nThe store is in {directory}")
+    print(f"Tables, figures and verdicts: python -m gradjax.report --run={directory}")
+
+
+def print_comparison(directory: str | Path, high: str, low: str) -> None:
+    """The groups' gaps with their intervals, and whether they are more than length."""
+    from gradjax.report.compare import compare, format_gaps, sentence
+    from gradjax.report.values import read_values
+
+    comparison = compare(read_values(directory), high, low)
+    print(f"\n{format_gaps(comparison)}\n{sentence(comparison)}")
 
 
 if __name__ == "__main__":

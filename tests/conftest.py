@@ -56,3 +56,12 @@ def bucket() -> Iterator[str]:
         yield "s3://spectra-bucket"
         s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says loudly where the page went untested."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if untested := [report for report in skipped if "NO BROWSER" in str(report.longrepr)]:
+        title = f"NO BROWSER: {len(untested)} tests of the page did not run"
+        terminalreporter.section(title, red=True)
+        terminalreporter.line("apt-get install chromium")

@@ -1,0 +1,290 @@
+"""High against low: gaps with their uncertainty, and whether they are more than length.
+
+Every number is of examples: an example's value is its mean over layers, and `all` the mean of
+the projections.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+from scipy import stats
+from statsmodels.stats.nonparametric import rank_compare_2indep
+
+from gradjax.errors import GradjaxError
+from gradjax.report.length import (
+    FEWEST_PAIRS,
+    Effect,
+    Lengths,
+    match,
+    matched_effect,
+    unmatched_effect,
+)
+from gradjax.report.values import ALL, RunValues, count_statuses, example_values
+
+COLUMNS = [
+    *("comparison", "statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap"),
+    *("ci_low", "ci_high", "auroc", "cliffs_delta", "p_adjusted", "matched_pairs", "matched_gap"),
+    *("matched_ci_low", "matched_ci_high", "beyond_length"),
+]
+_TABLE = [
+    *(column for column in COLUMNS if column != "p_adjusted"),
+    *("p", "auroc_low", "auroc_high", "rank_effect"),
+    *("equal_length_gap", "equal_length_ci_low", "equal_length_ci_high"),
+]
+INTERVAL = 0.05  # of what is shown: 95 % intervals
+ENOUGH = 0.5  # share of rows matched from which matched pairs are the primary view
+_RESAMPLES = 2_000
+View = Literal["matched", "equal_length", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two groups of the run of a model, `high` and `low`.
+
+    `table` has one row per statistic and projection with `COLUMNS` but for `p_adjusted`, and the
+    unadjusted `p`, AUROC's interval, the effect in the equal-length run and `rank_effect`.
+    `balance` has geometric means of target and prompt tokens and their standardised difference,
+    of all rows and of the matched.
+    """
+
+    model: str
+    high: str
+    low: str
+    table: pd.DataFrame
+    not_used: dict[str, dict[str, int]]  # by group and status
+    length_auroc: float
+    loss_auroc: float
+    pairs: int
+    matched_share: float
+    balance: pd.DataFrame
+    equal_length: int | None  # target tokens of the equal-length run, where there is one
+    primary: View  # what decides
+
+    @property
+    def name(self) -> str:
+        """As in `--compare`."""
+        return f"{self.high}:{self.low}"
+
+
+def compare(
+    run: RunValues, high: str, low: str, equal_length: RunValues | None = None
+) -> Comparison:
+    """Compares two groups.
+
+    Args:
+      equal_length: a run of the same groups with `--target_tokens`.
+
+    Raises:
+      GradjaxError: if a group is missing or has no `ok` row.
+    """
+    sides = {group: run.rows(group) for group in (high, low)}
+    values = example_values(run)
+    lengths = {group: _lengths(rows) for group, rows in sides.items()}
+    pairs = match(lengths[high], lengths[low])
+    share = len(pairs) / min(len(rows) for rows in sides.values())
+    equal = _equal_length_effects(run, high, low, equal_length) if equal_length else {}
+    primary: View = "matched" if len(pairs) >= FEWEST_PAIRS else "none"
+    if equal and share < ENOUGH:
+        primary = "equal_length"
+    rows = []
+    for statistic, projection in values.columns:
+        column = values[statistic, projection]
+        ours, theirs = (
+            column.reindex(_keys(rows_of)).to_numpy(float) for rows_of in (sides[high], sides[low])
+        )
+        logs = lengths[high].logs, lengths[low].logs
+        matched = matched_effect(ours, theirs, *logs, pairs)
+        alone = equal.get((statistic, projection))
+        deciding = alone if primary == "equal_length" else matched
+        rows.append(
+            {
+                "comparison": f"{high}:{low}",
+                "statistic": statistic,
+                "projection": projection,
+                **difference(ours, theirs),
+                "matched_pairs": len(pairs),
+                **_shown("matched", matched),
+                **_shown("equal_length", alone),
+                "rank_effect": _rank_effect(ours, theirs, *logs),
+                "beyond_length": deciding.verdict if deciding else "undecided",
+            }
+        )
+    targets = (sides[high]["num_target_tokens"], sides[low]["num_target_tokens"])
+    return Comparison(
+        model=run.name,
+        high=high,
+        low=low,
+        table=pd.DataFrame(rows, columns=_TABLE),
+        not_used={g: count_statuses(run.examples[run.examples["group"] == g]) for g in sides},
+        length_auroc=auroc(*(side.to_numpy(float) for side in targets)),
+        loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in sides.values())),
+        pairs=len(pairs),
+        matched_share=share,
+        balance=_balance(lengths[high], lengths[low], pairs),
+        equal_length=equal_length.target_tokens if equal_length else None,
+        primary=primary,
+    )
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """All comparisons' tables, with p adjusted over them as one family (Benjamini–Hochberg)."""
+    tables = [one.table.assign(model=one.model) for one in comparisons]
+    table = pd.concat(tables, ignore_index=True)
+    known = table["p"].notna()
+    table["p_adjusted"] = np.nan
+    table.loc[known, "p_adjusted"] = stats.false_discovery_control(table.loc[known, "p"])
+    return table
+
+
+def difference(high: np.ndarray, low: np.ndarray) -> dict[str, float]:
+    """Gap of two samples' means with its bootstrap interval, AUROC with its interval, and p.
+
+    AUROC is P(high > low), ties counted half; its interval is Brunner and Munzel's, p that of
+    the Mann–Whitney test. NaNs are left out.
+    """
+    high, low = high[np.isfinite(high)], low[np.isfinite(low)]
+    found: dict[str, float] = {"n_high": len(high), "n_low": len(low)}
+    if not len(high) or not len(low):
+        return found
+    found |= {"mean_high": high.mean(), "mean_low": low.mean(), "gap": high.mean() - low.mean()}
+    found["auroc"] = auroc(high, low)
+    found["cliffs_delta"] = 2 * found["auroc"] - 1
+    if min(len(high), len(low)) < 2:
+        return found
+    ends = stats.bootstrap(
+        (high, low),
+        lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
+        n_resamples=_RESAMPLES,
+        batch=max(2_000_000 // max(len(high), len(low)), 1),
+        confidence_level=1 - INTERVAL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    found |= {"ci_low": ends.low, "ci_high": ends.high}
+    found["p"] = stats.mannwhitneyu(high, low).pvalue
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # separated samples have no variance of ranks
+        low_end, high_end = rank_compare_2indep(high, low).conf_int(alpha=INTERVAL)
+    return found | {"auroc_low": max(low_end, 0.0), "auroc_high": min(high_end, 1.0)}
+
+
+def auroc(high: np.ndarray, low: np.ndarray) -> float:
+    """P(high > low) + P(high = low) / 2."""
+    return float(stats.mannwhitneyu(high, low).statistic / (len(high) * len(low)))
+
+
+def sentence(comparison: Comparison) -> str:
+    """Whether nuclear norm and effective rank separate the groups beyond length, and how sure."""
+    table = comparison.table[comparison.table["projection"] == ALL]
+    rows = {row["statistic"]: row for row in table.to_dict("records")}
+    said = [_said(comparison, rows[name]) for name in ("nuclear_norm", "effective_rank")]
+    groups = f"{comparison.high} against {comparison.low}"
+    return f"{groups}, beyond length: {'; '.join(said)}. {_basis(comparison)}"
+
+
+def format_gaps(comparison: Comparison) -> str:
+    """Gaps of nuclear norm and effective rank with their intervals, for a terminal."""
+    rows = {}
+    for row in comparison.table.to_dict("records"):
+        if row["statistic"] in ("nuclear_norm", "effective_rank"):
+            text = f"{row['gap']:.4g} [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
+            rows.setdefault(row["projection"], {})[row["statistic"].replace("_", " ")] = text
+    title = f"{comparison.high} − {comparison.low}, mean and 95 % interval"
+    return f"{title}\n{pd.DataFrame.from_dict(rows, orient='index').to_string()}"
+
+
+def _said(comparison: Comparison, row: dict[Hashable, Any]) -> str:
+    name, verdict = row["statistic"].replace("_", " "), row["beyond_length"]
+    if verdict != "yes":
+        return f"{name} {verdict}"
+    side = "larger" if row[f"{comparison.primary}_gap"] > 0 else "smaller"
+    return f"{name} yes, {side} in {comparison.high}"
+
+
+def _basis(comparison: Comparison) -> str:
+    if comparison.primary == "equal_length":
+        return f"By the run of the first {comparison.equal_length} target tokens of every response."
+    pairs = f"{comparison.pairs} matched pairs, {comparison.matched_share:.0%} of the smaller group"
+    if comparison.primary == "matched":
+        return f"By {pairs}."
+    return (
+        f"Too few rows are equally long ({pairs}): run the same rows with --target_tokens=N and "
+        "give that run as --equal_length_run."
+    )
+
+
+def _equal_length_effects(
+    run: RunValues, high: str, low: str, equal_length: RunValues
+) -> dict[tuple[str, str], Effect | None]:
+    if equal_length.target_tokens is None:
+        raise GradjaxError(
+            f"--equal_length_run={equal_length.directory}: it was not run with --target_tokens=N"
+        )
+    ours, theirs = run.manifest["settings"]["model"], equal_length.manifest["settings"]["model"]
+    if ours != theirs:
+        raise GradjaxError(
+            f"--equal_length_run={equal_length.directory} is of another model than {run.directory}"
+        )
+    values = example_values(equal_length)
+    sides = [equal_length.rows(group) for group in (high, low)]
+    logs = [_lengths(rows).logs for rows in sides]
+    keys = [_keys(rows) for rows in sides]
+    effects = {}
+    for statistic, projection in values.columns:
+        column = values[statistic, projection]
+        ours, theirs = (column.reindex(key).to_numpy(float) for key in keys)
+        effects[statistic, projection] = unmatched_effect(ours, theirs, *logs)
+    return effects
+
+
+def _lengths(rows: pd.DataFrame) -> Lengths:
+    target = rows["num_target_tokens"].to_numpy()
+    return Lengths(target, rows["num_tokens"].to_numpy() - target)
+
+
+def _keys(rows: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(rows[["group", "example_id"]])
+
+
+def _shown(view: str, effect: Effect | None) -> dict[str, float]:
+    if effect is None:
+        return {f"{view}_{name}": np.nan for name in ("gap", "ci_low", "ci_high")}
+    low, high = effect.interval(INTERVAL)
+    return {f"{view}_gap": effect.gap, f"{view}_ci_low": low, f"{view}_ci_high": high}
+
+
+def _rank_effect(
+    high: np.ndarray, low: np.ndarray, logs_high: np.ndarray, logs_low: np.ndarray
+) -> float:
+    """How many percentiles high ranks above low in a linear regression on log lengths.
+
+    Descriptive: where the statistic saturates in length it differs from zero without cause.
+    """
+    values = np.concatenate([high, low])
+    known = np.isfinite(values)
+    group = np.repeat([1.0, 0.0], [len(high), len(low)])
+    inputs = np.column_stack([group, np.ones(len(values)), np.vstack([logs_high, logs_low])])
+    if known.sum() <= inputs.shape[1]:
+        return np.nan
+    ranks = 100 * stats.rankdata(values[known]) / known.sum()
+    return float(sm.OLS(ranks, inputs[known]).fit().params[0])
+
+
+def _balance(high: Lengths, low: Lengths, pairs: np.ndarray) -> pd.DataFrame:
+    """Geometric means and standardised differences of log tokens, of all rows and matched ones."""
+    rows = []
+    logs = high.logs, low.logs
+    spread = np.sqrt(sum(side.var(axis=0) for side in logs) / 2)
+    chosen = {"all": logs, "matched": (logs[0][pairs[:, 0]], logs[1][pairs[:, 1]])}
+    for which, (ours, theirs) in chosen.items():
+        for column, kind in enumerate(("target", "prompt")):
+            if len(ours):
+                means = ours[:, column].mean(), theirs[:, column].mean()
+                apart = (means[0] - means[1]) / spread[column] if spread[column] else 0.0
+                rows.append((which, kind, *np.exp(means), apart))
+    return pd.DataFrame(rows, columns=["rows", "tokens", "high", "low", "difference"])

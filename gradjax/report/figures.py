@@ -1,0 +1,299 @@
+"""The report's figures, for print and for colour-blind readers.
+
+Groups and models differ in colour, marker and line style; on a page 7 inches wide no text is
+smaller than 8 points. Figures are matplotlib's own objects, without pyplot and its global state.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from gradjax.errors import GradjaxError
+from gradjax.report.values import ALL, KEY, RunValues, example_values
+from gradjax.store import read_table
+from gradjax.structs import PROJECTIONS
+
+MOST_POINTS = 2_000  # of a group in a scatter plot
+_WIDTH = 7.0  # inches
+_SIZE = 8  # of text, in points
+_Z = 1.96  # standard errors to either end of a 95 % interval
+_LONGEST = 30  # characters of a name
+_LINE = 110  # characters fit side by side
+_SIGN = 12  # of which the sign before a label in the legend takes so many
+_POINTS = 100  # of a spectrum, at most
+_ROUNDING = 1e-7  # of the largest singular value: what its computation leaves of a zero one
+# Okabe and Ito's for colour-blind readers, but for the yellow, which is lost on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_LINES = ("-", "--", "-.", ":")
+_UNITS = {
+    "nuclear_norm": "mean nuclear norm\n(nats per unit weight)",
+    "effective_rank": "mean effective rank\n(number of directions)",
+    "normalized_effective_rank": "mean effective rank\n(share of min(T, m, n))",
+}
+
+
+def layer_curves(run: RunValues, high: str, low: str, statistic: str) -> Figure:
+    """A statistic's mean over `ok` examples, layer by layer, with its 95 % confidence interval.
+
+    One panel per projection; nuclear norms share one scale. Missing numbers are left out.
+
+    Args:
+      statistic: one of `gradjax.report.values.SPECTRAL`.
+
+    Raises:
+      GradjaxError: if a group is missing or has no `ok` row.
+    """
+    shared = statistic == "nuclear_norm"
+    figure, panels = _panels(1, len(run.projections), 2.5, sharey=shared)
+    for number, group in enumerate((high, low)):
+        for axes, projection in zip(panels[0], run.projections, strict=True):
+            by_layer = _by_layer(run, group, projection, statistic)
+            means = by_layer.mean()
+            margin = _Z * by_layer.sem()
+            _draw(axes, means.index, means, _style(number), (means - margin, means + margin))
+    _label(panels, run.projections, "layer", _UNITS[statistic])
+    for axes in panels[0]:
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    _entitle(figure, run, "means over examples, 95 % confidence intervals (± 1.96 standard errors)")
+    _explain(figure, [(_style(i), _counted(run, g)) for i, g in enumerate((high, low))])
+    return figure
+
+
+def spectra(run: RunValues, groups: Sequence[str], layers: Sequence[int]) -> Figure | None:
+    """Singular values against their index: median and middle half of the `ok` examples.
+
+    One row of panels per layer, one column per projection. A matrix with fewer singular values has
+    zeros in place of the others. Medians and quartiles of 1e-7 of the largest median and less are
+    rounding errors, and not drawn. Of long spectra a hundred values are drawn at most, evenly
+    spaced in the logarithm of the index.
+
+    Args:
+      layers: of those that were measured.
+
+    Returns:
+      None for a run that did not store its singular values.
+
+    Raises:
+      GradjaxError: if a group is missing or has no `ok` row, or a shard cannot be read.
+    """
+    if not run.manifest["settings"]["store_singular_values"]:
+        return None
+    legend = [(_style(i), _counted(run, group)) for i, group in enumerate(groups)]
+    height = 1 + 1.5 * len(layers)
+    figure, panels = _panels(len(layers), len(run.projections), height, sharey=True)
+    for axes in panels.flat:
+        axes.set(xscale="log", yscale="log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    columns = ["group", "projection", "singular_values"]
+    for row, layer in zip(panels, layers, strict=True):
+        # One layer at a time: those of all may not fit into memory.
+        table = read_table(run.directory, "spectra", columns, pc.field("layer") == layer)
+        for axes, projection in zip(row, run.projections, strict=True):
+            for number, group in enumerate(groups):
+                where = (pc.field("group") == group) & (pc.field("projection") == projection)
+                lists = table.filter(where)["singular_values"]
+                indices, (lower, median, upper) = _quartiles(lists.combine_chunks())
+                _draw(axes, indices, median, _style(number), (lower, upper))
+    titles = [f"{projection}, layer {layer}" for layer in layers for projection in run.projections]
+    _label(panels, titles, "index of the singular value", "singular value\n(nats per unit weight)")
+    _entitle(figure, run, "medians and middle halves of the examples")
+    _explain(figure, legend)
+    return figure
+
+
+def rank_against_length(run: RunValues, high: str, low: str) -> Figure:
+    """Each example's effective rank (`all` of `example_values`) against its response's length.
+
+    Lines join the medians of length and rank of the examples in each half-octave of length. They
+    are of all examples; of more than `MOST_POINTS`, that many drawn at random are shown as points.
+
+    Raises:
+      GradjaxError: if a group is missing or has no `ok` row.
+    """
+    figure, panels = _panels(1, 1, 3.5, sharey=True)
+    axes = panels[0, 0]
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    ranks = example_values(run)["effective_rank", ALL]
+    legend = []
+    for number, group in enumerate((high, low)):
+        lengths = run.rows(group).set_index(KEY)["num_target_tokens"]
+        examples = pd.DataFrame({"tokens": lengths, "rank": ranks.reindex(lengths.index)}).dropna()
+        medians = examples.groupby(np.floor(2 * np.log2(examples["tokens"]))).median()
+        shown = examples.sample(min(len(examples), MOST_POINTS), random_state=0)
+        style = _style(number)
+        look = {name: style[name] for name in ("color", "marker")}
+        axes.scatter(shown["tokens"], shown["rank"], **look, s=9, alpha=0.25, linewidths=0)
+        _draw(axes, medians["tokens"], medians["rank"], style)
+        part = f"{len(shown):,} of " if len(shown) < len(examples) else ""
+        kept = f" ({part}{len(examples):,} examples{' shown' if part else ''})"
+        legend.append((style, _literal(group) + kept))
+    unit = "effective rank (number of directions),\nmean over layers and projections"
+    _label(panels, [""], "length of the response (tokens)", unit)
+    _entitle(figure, run, "examples, and their medians in half-octaves of length")
+    _explain(figure, legend)
+    return figure
+
+
+def models(runs: Sequence[RunValues], high: str, low: str, statistic: str) -> Figure:
+    """A statistic's mean over `ok` examples against relative depth, for several models.
+
+    One panel per projection; layer 0 is at depth 0 and a run's last layer at 1. Nuclear norms, in
+    which models differ by orders of magnitude, share one logarithmic scale.
+
+    Args:
+      statistic: one of `gradjax.report.values.SPECTRAL`.
+
+    Raises:
+      GradjaxError: if a run lacks a group or has no `ok` row of it.
+    """
+    projections = [p for p in PROJECTIONS if any(p in run.projections for run in runs)]
+    shared = statistic == "nuclear_norm"
+    figure, panels = _panels(1, len(projections), 2.9, sharey=shared)
+    if shared:
+        panels[0, 0].set_yscale("log")
+    names = Counter(run.name for run in runs)
+    sides = (("-", high), ("--", low))
+    legend: list[tuple[dict[str, Any], str]] = []
+    for number, run in enumerate(runs):
+        style = _style(number)
+        last = max(run.manifest["settings"]["layers"][-1], 1)
+        for line, group in sides:
+            run.rows(group)  # or it says what is wrong
+            for axes, projection in zip(panels[0], projections, strict=True):
+                means = _by_layer(run, group, projection, statistic).mean()
+                _draw(axes, means.index / last, means, style | {"linestyle": line})
+        name = run.name if names[run.name] == 1 else str(run.directory)
+        legend.append((style | {"linestyle": ""}, _literal(name)))
+    _label(panels, projections, "relative depth", _UNITS[statistic])
+    for line, group in sides:
+        legend.append(({"color": "black", "linestyle": line}, _literal(group)))
+    _explain(figure, legend)
+    return figure
+
+
+def save(figure: Figure, path_without_suffix: str | Path) -> None:
+    """Writes a figure as PNG (200 dots per inch) and as SVG, each whole or not at all.
+
+    Text in the SVG is text. Equal figures give equal bytes.
+
+    Raises:
+      GradjaxError: if a file cannot be written.
+    """
+    path = Path(path_without_suffix)
+    options: dict[str, dict[str, Any]] = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
+    for suffix, settings in options.items():
+        target = path.with_name(f"{path.name}.{suffix}")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gradjax"}):
+                figure.savefig(temporary, format=suffix, **settings)
+            temporary.replace(target)
+        except OSError as error:
+            raise GradjaxError(
+                f"{target} cannot be written ({error.strerror}); give a writable directory with "
+                "--output_dir"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _by_layer(run: RunValues, group: str, projection: str, statistic: str) -> Any:
+    """A statistic's numbers, grouped by layer."""
+    matrices = run.matrices
+    chosen = (matrices["group"] == group) & (matrices["projection"] == projection)
+    return matrices[chosen].groupby("layer")[statistic]
+
+
+def _quartiles(lists: pa.ListArray) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, "3 k"]]:
+    """Indices from 1, and the quartiles of the examples' singular values of these indices."""
+    starts, ends = lists.offsets.to_numpy()[:-1, None], lists.offsets.to_numpy()[1:, None]
+    longest = max((ends - starts).max(initial=1), 1)
+    indices = np.unique(np.geomspace(1, longest, _POINTS).round().astype(int))
+    at = starts + indices - 1
+    values = np.append(lists.values.to_numpy(), np.float32(0))  # the last is every tail's
+    found = np.quantile(values[np.where(at < ends, at, -1)], [0.25, 0.5, 0.75], axis=0)
+    return indices, np.where(found > _ROUNDING * found[1, 0], found, np.nan)
+
+
+def _panels(rows: int, columns: int, height: float, sharey: bool) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey)
+    for axes in panels.flat:
+        axes.tick_params(which="both", labelsize=_SIZE)
+        axes.grid(linewidth=0.5, alpha=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _style(number: int) -> dict[str, Any]:
+    """How a line looks, differently for each number."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _LINES[number % len(_LINES)],
+        "linewidth": 1.2,
+        "markersize": 3.5,
+    }
+
+
+def _draw(axes: Axes, x: Any, y: Any, style: dict[str, Any], band: tuple | None = None) -> None:
+    """A line with some of its points marked, over its band."""
+    if band:
+        axes.fill_between(x, *band, color=style["color"], alpha=0.2, linewidth=0)
+    axes.plot(x, y, **style, markevery=max(len(x) // 8, 1))
+
+
+def _label(panels: np.ndarray, titles: Sequence[str], x: str, y: str) -> None:
+    for axes, title in zip(panels.flat, titles, strict=True):
+        axes.set_title(title, fontsize=_SIZE)
+    for axes in panels[-1]:
+        axes.set_xlabel(x, fontsize=_SIZE)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(y, fontsize=_SIZE)
+
+
+def _entitle(figure: Figure, run: RunValues, shown: str) -> None:
+    figure.suptitle(f"{_literal(run.name)}: {shown}", fontsize=_SIZE)
+
+
+def _explain(figure: Figure, entries: Sequence[tuple[dict[str, Any], str]]) -> None:
+    """The legend, below all panels."""
+    styles, labels = zip(*entries, strict=True)
+    figure.legend(
+        [Line2D([], [], **style) for style in styles],
+        labels,
+        loc="outside lower center",
+        ncols=max(_LINE // (_SIGN + max(map(len, labels))), 1),
+        fontsize=_SIZE,
+        frameon=False,
+        handlelength=3,
+    )
+
+
+def _counted(run: RunValues, group: str) -> str:
+    return f"{_literal(group)} ({len(run.rows(group)):,} examples)"
+
+
+def _literal(name: str) -> str:
+    """A user's name as text that is shown as it is: no mathtext, nothing that XML forbids."""
+    if len(name) > _LONGEST:
+        name = f"{name[: _LONGEST // 2]}…{name[1 - _LONGEST // 2 :]}"
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in name)
+    return shown.replace("$", r"\$")

@@ -1,0 +1,178 @@
+"""Do two groups differ beyond their lengths? Matched pairs, and the rule of a verdict.
+
+A gradient is a sum over tokens, so its norms and its rank follow the response's length, and groups
+of different quality mostly differ in length too. Rows of both groups are paired on the logarithm
+of their target tokens; what length difference remains within pairs is taken off by regressing the
+pairs' log ratios of the statistic on the differences of a cubic in log target tokens and of log
+prompt tokens (regression after matching: Rubin 1973, Biometrics 29:185). Statistics are positive
+and vary in proportion, so they are compared as logarithms: in the simulations of
+tests/length_test.py this finds effects that differences in units miss.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+import statsmodels.api as sm
+from jaxtyping import Float, Int
+from scipy import stats
+
+CALIPER = 0.2  # in standard deviations of log length within groups (Austin 2011, Pharm Stat 10:150)
+DEGREE = 3  # of the polynomial in log length
+LEVEL = 0.01  # of a verdict
+NEGLIGIBLE = 0.5  # "no" excludes effects of more standard deviations, of what length leaves
+FEWEST_PAIRS = 12
+Verdict = Literal["yes", "no", "undecided"]
+RULE = f"""A statistic separates the groups beyond length ("yes") if its {1 - LEVEL:.0%} interval
+at equal length excludes zero, in either direction; it does not ("no") if that interval lies within
+±{NEGLIGIBLE} standard deviations of what length leaves of the statistic; otherwise it is undecided.
+
+The interval is that of matched pairs: one row of either group, one-to-one, the closest first, at
+most {CALIPER} standard deviations apart in log target tokens. The pairs' log ratios are corrected
+for the length difference within pairs by a cubic in log target tokens, and for prompt tokens.
+Fewer than {FEWEST_PAIRS} pairs decide nothing.
+
+Where fewer than half of the smaller group's rows can be matched and there is a run whose responses
+were cut to their first N target tokens, that run decides: it has no difference in response length,
+and asks a slightly different question, since only the first N tokens of each response count.
+
+Length and loss alone, the rank regression and effective rank over its bound min(T, m, n), which
+itself depends on length, are shown for description and decide nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of each row of one side."""
+
+    target: Int[np.ndarray, " n"]
+    prompt: Int[np.ndarray, " n"]
+
+    @property
+    def logs(self) -> Float[np.ndarray, "n 2"]:
+        """Logarithms of target tokens and of prompt tokens (plus one: a prompt may be empty)."""
+        return np.column_stack([np.log(self.target), np.log1p(self.prompt)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """By what factor high is larger than low at equal length, as a logarithm."""
+
+    log_ratio: float
+    error: float  # standard error of `log_ratio`
+    freedom: float  # degrees of freedom of its Student's t
+    spread: float  # standard deviation of a row's log statistic at a given length
+    level_of_low: float  # geometric mean of low's rows, in the statistic's units
+
+    @property
+    def gap(self) -> float:
+        """What the factor makes of a typical row of low: high − low, in the statistic's units."""
+        return self.level_of_low * float(np.expm1(self.log_ratio))
+
+    def interval(self, level: float) -> tuple[float, float]:
+        """The interval of `gap` that leaves out the truth with probability `level`."""
+        low, high = self._log_interval(level)
+        return self.level_of_low * np.expm1(low), self.level_of_low * np.expm1(high)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether there is an effect, at `LEVEL`; "no" if none of any size that matters."""
+        low, high = self._log_interval(LEVEL)
+        if low > 0 or high < 0:
+            return "yes"
+        most = NEGLIGIBLE * self.spread
+        return "no" if -most < low and high < most else "undecided"
+
+    def _log_interval(self, level: float) -> tuple[float, float]:
+        half = self.error * float(stats.t.ppf(1 - level / 2, self.freedom))
+        return self.log_ratio - half, self.log_ratio + half
+
+
+def match(high: Lengths, low: Lengths) -> Int[np.ndarray, "pairs 2"]:
+    """One-to-one pairs (row of high, row of low) within `CALIPER` in log target tokens.
+
+    The closest pair is taken first, of equally close ones that of the closest prompts.
+    """
+    highs, lows = high.logs, low.logs
+    if min(len(highs), len(lows)) < 2:
+        return np.zeros((0, 2), np.int64)
+    spread = np.sqrt((highs[:, 0].var(ddof=1) + lows[:, 0].var(ddof=1)) / 2)
+    caliper = CALIPER * spread
+    order = np.argsort(lows[:, 0], kind="stable")
+    lengths = lows[order, 0]
+    first = np.searchsorted(lengths, highs[:, 0] - caliper, "left")
+    counts = np.searchsorted(lengths, highs[:, 0] + caliper, "right") - first
+    left = np.repeat(np.arange(len(highs)), counts)
+    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    right = order[np.repeat(first, counts) + offsets]
+    apart = np.abs(highs[left] - lows[right])
+    free_high, free_low = [True] * len(highs), [True] * len(lows)
+    pairs = []
+    for at in np.lexsort((apart[:, 1], apart[:, 0])):
+        i, j = left[at], right[at]
+        if free_high[i] and free_low[j]:
+            free_high[i] = free_low[j] = False
+            pairs.append((i, j))
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def matched_effect(
+    high: Float[np.ndarray, " n"],
+    low: Float[np.ndarray, " m"],
+    logs_high: Float[np.ndarray, "n 2"],
+    logs_low: Float[np.ndarray, "m 2"],
+    pairs: Int[np.ndarray, "pairs 2"],
+) -> Effect | None:
+    """The mean log ratio of matched pairs, corrected for what their lengths still differ by.
+
+    The constant of a least-squares fit, with an error that allows for unequal variances (HC3);
+    None where the pairs are too few for it. Rows without a positive value are left out.
+    """
+    i, j = pairs.T
+    usable = (high[i] > 0) & (low[j] > 0)
+    i, j = i[usable], j[usable]
+    if len(i) < FEWEST_PAIRS:
+        return None
+    columns = _columns(np.concatenate([logs_high[i], logs_low[j]]))
+    apart = columns[: len(i)] - columns[len(i) :]
+    ours, theirs = np.log(high[i]), np.log(low[j])
+    return _effect(ours - theirs, np.ones(len(i)), apart, np.sqrt(2), theirs)
+
+
+def unmatched_effect(
+    high: Float[np.ndarray, " n"],
+    low: Float[np.ndarray, " m"],
+    logs_high: Float[np.ndarray, "n 2"],
+    logs_low: Float[np.ndarray, "m 2"],
+) -> Effect | None:
+    """The mean log ratio of rows of one length, corrected for that of their prompts' lengths."""
+    highs, lows = high > 0, low > 0
+    if min(highs.sum(), lows.sum()) < FEWEST_PAIRS:
+        return None
+    prompts = np.concatenate([logs_high[highs, 1], logs_low[lows, 1]])
+    group = np.repeat([0.5, -0.5], [highs.sum(), lows.sum()])
+    others = np.column_stack([np.ones(len(prompts)), prompts - prompts.mean()])
+    ours, theirs = np.log(high[highs]), np.log(low[lows])
+    return _effect(np.concatenate([ours, theirs]), group, others, 1.0, theirs)
+
+
+def _columns(logs: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n k"]:
+    """Powers of standardised log target tokens, and log prompt tokens."""
+    spread = logs[:, 0].std()
+    lengths = (logs[:, 0] - logs[:, 0].mean()) / (spread if spread > 0 else 1)
+    powers = lengths[:, None] ** np.arange(1, DEGREE + 1)
+    return np.column_stack([powers, logs[:, 1]])
+
+
+def _effect(
+    values: Float[np.ndarray, " n"],
+    group: Float[np.ndarray, " n"],
+    others: Float[np.ndarray, "n k"],
+    terms: float,
+    low: Float[np.ndarray, " m"],
+) -> Effect:
+    """The coefficient of `group`; a value is a difference of `terms`² rows' logarithms."""
+    others = others[:, np.ptp(others, axis=0) + np.abs(others[0]) > 0]  # no columns of zeros
+    fit = sm.OLS(values, np.column_stack([group, others])).fit(cov_type="HC3", use_t=True)
+    spread = float(np.sqrt(fit.ssr / fit.df_resid)) / terms
+    ratio, error = float(fit.params[0]), float(fit.bse[0])
+    return Effect(ratio, error, float(fit.df_resid), spread, float(np.exp(low.mean())))

@@ -1,0 +1,59 @@
+"""The paper's own numbers (arXiv 2504.10766, tables 1 to 60) beside measured ones."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from gradjax.errors import GradjaxError
+
+SOURCE = "arXiv 2504.10766"
+_FOLDER = Path(__file__).parent / "published"
+_KINDS = {"adjacent_layer": "cross_layer"}  # the store's name
+
+
+def published(model: str, experiment: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The published spectra and similarities of a model on `DATASET/METRIC`.
+
+    Returns:
+      Frames over (statistic, projection) and (kind, projection) with columns table, high, low,
+      gap. Where the paper prints an experiment twice, its first table counts.
+
+    Raises:
+      GradjaxError: if the paper has no such experiment.
+    """
+    spectra = _of(model, experiment, "spectra", "statistic")
+    similarity = _of(model, experiment, "similarity", "kind")
+    if spectra.empty and similarity.empty:
+        raise GradjaxError(
+            f"--published={experiment}: {SOURCE} has no such table for {model}; it has "
+            f"{_known(model)}"
+        )
+    return spectra, similarity
+
+
+def beside(measured: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
+    """A table of `tables.py` with the published columns and how far the measured gap is off."""
+    key = [str(name) for name in paper.index.names]
+    joined = measured.join(paper.add_prefix("published_"), on=key)
+    joined["difference"] = joined["gap"] - joined["published_gap"]
+    return joined
+
+
+def _of(model: str, experiment: str, name: str, key: str) -> pd.DataFrame:
+    whole = _read(name)
+    chosen = whole[(whole["model"] == model) & (whole["experiment"] == experiment)]
+    chosen = chosen.drop_duplicates([key, "projection"]).set_index([key, "projection"])
+    return chosen.assign(gap=chosen["high"] - chosen["low"])[["table", "high", "low", "gap"]]
+
+
+def _read(name: str) -> pd.DataFrame:
+    whole = pd.read_csv(_FOLDER / f"{name}.csv").replace({"kind": _KINDS})
+    return whole.assign(experiment=whole["dataset"] + "/" + whole["metric"])
+
+
+def _known(model: str) -> str:
+    whole = _read("spectra")
+    of_model = whole[whole["model"] == model]
+    if of_model.empty:
+        return f"{', '.join(sorted(whole['model'].unique()))} (the run's model is named {model})"
+    return ", ".join(sorted(of_model["experiment"].unique()))

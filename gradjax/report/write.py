@@ -1,0 +1,271 @@
+"""Stores -> comparisons, tables, figures and the page: what `python -m gradjax.report` writes."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from absl import logging
+from matplotlib.figure import Figure
+
+from gradjax.errors import GradjaxError
+from gradjax.places import as_directory
+from gradjax.report import figures, tables
+from gradjax.report.compare import COLUMNS, Comparison, adjusted, compare, sentence
+from gradjax.report.length import RULE
+from gradjax.report.page import FigureImage, Page, Table, write_page
+from gradjax.report.published import SOURCE, beside, published
+from gradjax.report.values import ALL, KEY, RunValues, example_values, read_values
+from gradjax.store import read_table
+
+_OUTLIERS = 20  # rows shown per statistic
+_OUTLYING = 8  # median absolute deviations from where a row counts as one
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """The flags of `gradjax.report`."""
+
+    runs: tuple[str, ...]
+    compare: tuple[str, ...] = ()
+    equal_length_runs: tuple[str, ...] = ()
+    output_dir: str | None = None
+    by: str = "projection"
+    layers: str = "all"
+    published: str | None = None
+
+    def __post_init__(self):
+        if self.equal_length_runs and len(self.equal_length_runs) != len(self.runs):
+            raise GradjaxError(
+                f"--equal_length_run was given {len(self.equal_length_runs)} times, --run "
+                f"{len(self.runs)} times; give one for each run, in the same order"
+            )
+        for pair in self.compare:
+            high, _, low = pair.partition(":")
+            if not high or not low or high == low:
+                raise GradjaxError(f"--compare={pair}: expected HIGH:LOW, two groups of the run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A report: where it is, and a sentence per comparison."""
+
+    directory: Path
+    verdicts: tuple[str, ...]
+
+
+def write_report(config: ReportConfig) -> Written:
+    """Reads the runs, compares their groups, writes everything, the page last.
+
+    Raises:
+      GradjaxError: if a run is missing, unfinished or of one group, or a group of it is unknown
+        or has no `ok` row.
+    """
+    runs = [read_values(as_directory(run), config.layers) for run in config.runs]
+    equal = [read_values(as_directory(run), config.layers) for run in config.equal_length_runs]
+    directory = _output_directory(config, runs[0])
+    pairs = chosen_pairs(runs[0], config.compare)
+    logging.info("Comparing %d groups", len({group for pair in pairs for group in pair}))
+    comparisons = [
+        compare(run, high, low, alone)
+        for run, alone in zip(runs, equal or [None] * len(runs), strict=True)
+        for high, low in pairs
+    ]
+    verdicts = tuple(sentence(comparison) for comparison in comparisons)
+    directory.mkdir(parents=True, exist_ok=True)
+    shown = [
+        *_statistics(directory, comparisons, len(runs) > 1),
+        *_paper_tables(directory, config, runs, pairs),
+    ]
+    drawn = list(_figures(directory, runs, pairs))
+    write_page(directory / "report.html", _page(runs[0], verdicts, shown, drawn))
+    return Written(directory, verdicts)
+
+
+def chosen_pairs(run: RunValues, given: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs HIGH:LOW of `--compare`; the first group with each other one if none is given."""
+    if given:
+        return [(high, low) for high, _, low in (pair.partition(":") for pair in given)]
+    high, *others = run.groups
+    if not others:
+        raise GradjaxError(
+            f"{run.directory} has one group, {high!r}, and a comparison takes two; add another "
+            "with --data=GROUP=SOURCE to the command that made the run"
+        )
+    return [(high, low) for low in others]
+
+
+def _output_directory(config: ReportConfig, run: RunValues) -> Path:
+    if config.output_dir:
+        return Path(config.output_dir)
+    if isinstance(run.directory, str):
+        raise GradjaxError(f"--run={run.directory} is a URL; say where to write with --output_dir")
+    return run.directory / "report"
+
+
+def _statistics(
+    directory: Path, comparisons: Sequence[Comparison], several: bool
+) -> Iterator[Table]:
+    """`comparisons.csv` and `length_control.csv`, and what the page shows of them."""
+    whole = adjusted(comparisons)
+    named = ["model"] if several else []
+    whole[[*named, *COLUMNS]].to_csv(directory / "comparisons.csv", index=False)
+    controls = pd.DataFrame([_control(comparison) for comparison in comparisons])
+    if not several:
+        controls = controls.drop(columns="model")
+    controls.to_csv(directory / "length_control.csv", index=False)
+    yield Table("Length", _LENGTH_NOTE, controls)
+    for one in comparisons:
+        rows = whole[(whole["model"] == one.model) & (whole["comparison"] == one.name)]
+        heading = f"{one.model}: {one.high} against {one.low}" if several else one.name
+        yield Table(f"Statistics, {heading}", _STATISTICS_NOTE, rows[_SHOWN])
+        yield Table(f"Balance of tokens, {heading}", _BALANCE_NOTE, one.balance)
+
+
+_LENGTH_NOTE = """AUROC of response length alone and of loss alone (0.5: no difference), the share
+of the smaller group's rows that could be matched on length, and what the verdict rests on."""
+_STATISTICS_NOTE = """Gap: high − low of the means over examples, with a bootstrap 95 % interval. p:
+Mann–Whitney, adjusted over the whole report (Benjamini–Hochberg). Matched gap: at equal length,
+with its 95 % interval; likewise of the equal-length run. Rank effect: percentiles by which high
+ranks above low in a regression on log lengths."""
+_BALANCE_NOTE = """Geometric means of tokens, and the difference of mean logarithms in standard
+deviations, before and after matching."""
+_SHOWN = [
+    *("statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap", "ci_low"),
+    *("ci_high", "auroc", "auroc_low", "auroc_high", "cliffs_delta", "p_adjusted", "matched_gap"),
+    *("matched_ci_low", "matched_ci_high", "equal_length_gap", "equal_length_ci_low"),
+    *("equal_length_ci_high", "rank_effect", "beyond_length"),
+]
+
+
+def _control(comparison: Comparison) -> dict[str, object]:
+    return {
+        "model": comparison.model,
+        "comparison": comparison.name,
+        "length_auroc": comparison.length_auroc,
+        "loss_auroc": comparison.loss_auroc,
+        "matched_pairs": comparison.pairs,
+        "matched_share": comparison.matched_share,
+        "equal_length": comparison.equal_length,
+        "decided_by": comparison.primary,
+    }
+
+
+def _paper_tables(
+    directory: Path, config: ReportConfig, runs: Sequence[RunValues], pairs: list[tuple[str, str]]
+) -> Iterator[Table]:
+    """The paper's tables as CSV, Markdown and LaTeX, and for the page."""
+    for run in runs:
+        suffix = f"_{_file_name(run.name)}" if len(runs) > 1 else ""
+        spectra = tables.spectra_table(run, pairs, config.by)
+        similarity = tables.similarity_table(run, pairs)
+        if config.published:
+            of_paper = published(run.name, config.published)
+            if config.by == "projection":
+                spectra = beside(spectra, of_paper[0])
+            if len(of_paper[1]):
+                similarity = beside(similarity, of_paper[1])
+        for name, note, frame in (
+            ("Spectra", _SPECTRA_NOTE, spectra),
+            ("Similarity", _SIMILARITY_NOTE, similarity),
+        ):
+            tables.save(frame, directory / f"{name.lower()}{suffix}")
+            heading = f"{name}, {run.name}" if suffix else name
+            if config.by != "example" or name != "Spectra":
+                yield Table(heading, note, frame)
+
+
+_SPECTRA_NOTE = f"Means over examples per layer and projection, then over layers, as in {SOURCE}."
+_SIMILARITY_NOTE = f"Mean cosines of two gradients, within and between layers, as in {SOURCE}."
+
+
+def _figures(
+    directory: Path, runs: Sequence[RunValues], pairs: list[tuple[str, str]]
+) -> Iterator[FigureImage]:
+    folder = directory / "figures"
+    folder.mkdir(exist_ok=True)
+    for caption, name, figure in _drawings(runs, pairs):
+        path = folder / _file_name(name)
+        figures.save(figure, path)
+        yield FigureImage(caption, path.with_name(f"{path.name}.svg").read_bytes())
+
+
+def _drawings(
+    runs: Sequence[RunValues], pairs: list[tuple[str, str]]
+) -> Iterator[tuple[str, str, Figure]]:
+    """Caption, name and drawing of each figure."""
+    for run in runs:
+        where = f"{run.name}: " if len(runs) > 1 else ""
+        which = f"{run.name}_" if len(runs) > 1 else ""
+        layers = sorted(run.matrices["layer"].unique())
+        for high, low in pairs:
+            title, name = f"{where}{high} against {low}", f"{which}{high}_{low}"
+            for statistic, word in tables.SPECTRA.items():
+                drawn = figures.layer_curves(run, high, low, statistic)
+                yield f"{word} by layer, {title}", f"{name}_{statistic}", drawn
+            drawn = figures.rank_against_length(run, high, low)
+            yield f"Effective rank against response length, {title}", f"{name}_length", drawn
+            some = [layers[0], layers[len(layers) // 2], layers[-1]]
+            drawn = figures.spectra(run, (high, low), sorted(set(some)))
+            if drawn:
+                yield f"Singular values, {title}", f"{name}_spectra", drawn
+    if len(runs) > 1:
+        for high, low in pairs:
+            for statistic, word in tables.SPECTRA.items():
+                drawn = figures.models(runs, high, low, statistic)
+                yield (
+                    f"{word} by model, {high} against {low}",
+                    f"models_{high}_{low}_{statistic}",
+                    drawn,
+                )
+
+
+def _page(
+    run: RunValues,
+    verdicts: Sequence[str],
+    shown: Sequence[Table],
+    drawn: Sequence[FigureImage],
+) -> Page:
+    """The page; its lists of examples are of the first run."""
+    texts = read_table(run.directory, "examples", [*KEY, "instruction", "output"]).to_pandas()
+    values = example_values(run)
+    means = {name: values[name, ALL] for name in ("effective_rank", "nuclear_norm")}
+    examples = run.examples.join(pd.DataFrame(means), on=KEY).merge(texts, on=KEY)
+    order = {group: number for number, group in enumerate(run.groups)}
+    examples = examples.sort_values(
+        KEY, key=lambda column: column.map(order) if column.name == "group" else column
+    )
+    unused = examples[examples["status"] != "ok"]
+    counted = unused.groupby(["group", "status", "reason"], sort=False).size().rename("rows")
+    return Page(
+        title=f"gradjax report: {run.name}",
+        verdicts=verdicts,
+        rule=RULE,
+        tables=shown,
+        figures=drawn,
+        examples=examples,
+        outliers=_outliers(examples),
+        not_used=counted.reset_index(),
+        manifest=run.manifest,
+    )
+
+
+def _outliers(examples: pd.DataFrame) -> pd.DataFrame:
+    """The rows farthest from their group's median logarithm, in median absolute deviations."""
+    found = []
+    for name in ("nuclear_norm", "effective_rank", "loss"):
+        logs = examples[name].where(examples[name] > 0).map(np.log)
+        groups = logs.groupby(examples["group"])
+        apart = logs - groups.transform("median")
+        typical = apart.abs().groupby(examples["group"]).transform("median")
+        score = apart.abs() / typical.where(typical > 0)
+        chosen = score[score > _OUTLYING].nlargest(_OUTLIERS).index
+        why = [f"{name.replace('_', ' ')} {score[i]:.0f} deviations off" for i in chosen]
+        found.append(examples.loc[chosen].assign(why=why))
+    return pd.concat(found)
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)

@@ -1,0 +1,318 @@
+"""The report of runs whose numbers are known: statistics, tables, files and faults."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import mannwhitneyu
+from statsmodels.stats.multitest import multipletests
+
+import gradjax
+from gradjax.errors import GradjaxError
+from gradjax.report.compare import COLUMNS, compare
+from gradjax.report.published import published
+from gradjax.report.tables import similarity_table, spectra_table
+from gradjax.report.values import RunValues, example_values, read_values
+from gradjax.report.write import ReportConfig, write_report
+from gradjax.structs import PROJECTIONS
+from tests.made_up_runs import SIDES, Group, write_run
+
+ROOT = Path(__file__).parent.parent
+STATISTICS = ("nuclear_norm", "effective_rank", "normalized_effective_rank", "loss")
+
+
+def draw(
+    seed: int, rows: int, length: float = 60, norm: float = 1, rank: float = 1, **rest
+) -> Group:
+    """Lognormal lengths about `length`; norms and ranks follow them, times the factors given."""
+    rng = np.random.default_rng(seed)
+    target = np.maximum(length * np.exp(0.6 * rng.standard_normal(rows)), 2).astype(int)
+    noise = np.exp(0.2 * rng.standard_normal((2, rows)))
+    return Group(
+        target=target,
+        prompt=rng.integers(3, 40, rows),
+        norms=norm * noise[0] / target**0.5,
+        ranks=rank * noise[1] * target / (target + 40),
+        **rest,
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    groups = {
+        "long": draw(1, 97, length=80, norm=0.5, empty=3),
+        "short": draw(2, 89),
+        "same": draw(3, 83, length=80, norm=0.5),
+    }
+    return write_run(tmp_path_factory.mktemp("runs") / "run", groups)
+
+
+@pytest.fixture(scope="module")
+def report(directory) -> Path:
+    wanted = ReportConfig(runs=(str(directory),), compare=("long:short", "long:same"))
+    return write_report(wanted).directory
+
+
+def by_example(directory: Path, group: str, statistic: str, projection: str) -> np.ndarray:
+    """An example's value, from the Parquet files themselves."""
+    if statistic == "loss":
+        examples = pd.read_parquet(directory / "examples")
+        return examples[examples["group"] == group]["loss"].dropna().to_numpy()
+    spectra = pd.read_parquet(directory / "spectra")
+    spectra = spectra[spectra["group"] == group]
+    if statistic == "normalized_effective_rank":
+        examples = pd.read_parquet(directory / "examples")
+        tokens = {(g, i): n for g, i, n in examples[["group", "example_id", "num_tokens"]].values}
+        most = [
+            min(*SIDES, tokens[key])
+            for key in zip(spectra["group"], spectra["example_id"], strict=True)
+        ]
+        spectra["normalized_effective_rank"] = spectra["effective_rank"] / most
+    if projection != "all":
+        spectra = spectra[spectra["projection"] == projection]
+    return spectra.groupby("example_id")[statistic].mean().to_numpy()
+
+
+def test_comparisons_are_what_their_columns_say(directory, report):
+    table = pd.read_csv(report / "comparisons.csv")
+    assert list(table.columns) == COLUMNS
+    expected = [
+        (comparison, statistic, projection)
+        for comparison in ("long:short", "long:same")
+        for statistic in STATISTICS
+        for projection in ([*PROJECTIONS, "all"] if statistic != "loss" else ["all"])
+    ]
+    keys = ["comparison", "statistic", "projection"]
+    assert [tuple(row) for row in table[keys].to_numpy()] == expected
+    p = []
+    for row in table.itertuples():
+        groups = row.comparison.split(":")
+        high, low = (by_example(directory, g, row.statistic, row.projection) for g in groups)
+        assert (
+            (row.n_high, row.n_low)
+            == (len(high), len(low))
+            == (97, 89 if groups[1] == "short" else 83)
+        )
+        assert row.mean_high == pytest.approx(high.mean())
+        assert row.mean_low == pytest.approx(low.mean())
+        assert row.gap == pytest.approx(high.mean() - low.mean())
+        half = 1.96 * np.sqrt(high.var() / len(high) + low.var() / len(low))
+        assert row.ci_low == pytest.approx(row.gap - half, abs=half / 5)
+        assert row.ci_high == pytest.approx(row.gap + half, abs=half / 5)
+        wins = np.sign(high[:, None] - low).mean()
+        assert row.cliffs_delta == pytest.approx(wins)
+        assert row.auroc == pytest.approx((wins + 1) / 2)
+        p.append(mannwhitneyu(high, low).pvalue)
+    np.testing.assert_allclose(table["p_adjusted"], multipletests(p, method="fdr_bh")[1])
+
+
+def verdicts(run: RunValues, *groups: str, equal_length: RunValues | None = None) -> dict[str, str]:
+    table = compare(run, *groups, equal_length).table
+    table = table[table["projection"] == "all"]
+    return dict(zip(table["statistic"], table["beyond_length"], strict=True))
+
+
+def test_what_is_more_than_length_is_told_from_what_is_not(directory):
+    run = read_values(directory)
+    found = verdicts(run, "long", "short")
+    assert found["nuclear_norm"] == "yes"
+    assert found["effective_rank"] != "yes"  # it differs by length alone
+    assert verdicts(run, "short", "long")["nuclear_norm"] == "yes"
+    assert "yes" not in verdicts(run, "long", "same").values()
+
+
+def test_matched_gap_has_the_sign_and_size_of_what_was_planted(directory):
+    table = compare(read_values(directory), "long", "short").table.set_index(
+        ["statistic", "projection"]
+    )
+    row = table.loc["nuclear_norm", "all"]
+    assert row["matched_ci_low"] < row["matched_gap"] < row["matched_ci_high"] < 0
+    assert row["matched_gap"] == pytest.approx(-row["mean_low"] / 2, rel=0.25)
+
+
+def test_groups_without_common_lengths_need_an_equal_length_run(tmp_path):
+    groups = {"long": draw(1, 61, 5000, norm=0.5), "short": draw(2, 67, 20)}
+    run = read_values(write_run(tmp_path / "run", groups))
+    assert set(verdicts(run, "long", "short").values()) == {"undecided"}
+    cut = {
+        name: Group(
+            [8] * len(g.target), g.prompt, g.norms * g.target**0.5, draw(5, len(g.target), 8).ranks
+        )
+        for name, g in groups.items()
+    }
+    equal = read_values(write_run(tmp_path / "equal", cut, target_tokens=8))
+    found = compare(run, "long", "short", equal)
+    assert (found.primary, found.pairs) == ("equal_length", 0)
+    assert verdicts(run, "long", "short", equal_length=equal)["nuclear_norm"] == "yes"
+    assert verdicts(run, "long", "short", equal_length=equal)["effective_rank"] != "yes"
+
+
+def test_length_and_balance_are_said(directory):
+    found = compare(read_values(directory), "long", "short")
+    run = read_values(directory)
+    high, low = (run.rows(g)["num_target_tokens"].to_numpy() for g in ("long", "short"))
+    assert found.length_auroc == pytest.approx((np.sign(high[:, None] - low).mean() + 1) / 2)
+    assert found.not_used == {"long": {"empty_response": 3}, "short": {}}
+    balance = found.balance.set_index(["rows", "tokens"])
+    before, after = balance.loc[("all", "target")], balance.loc[("matched", "target")]
+    assert before["high"] == pytest.approx(np.exp(np.log(high).mean()))
+    assert abs(after["difference"]) < abs(before["difference"]) / 3
+
+
+def test_tables_have_the_papers_means(directory):
+    run = read_values(directory)
+    spectra = pd.read_parquet(directory / "spectra")
+    for row in spectra_table(run, [("long", "short")]).itertuples():
+        chosen = spectra[spectra["projection"] == row.projection]
+        for side, group in ((row.high, "long"), (row.low, "short")):
+            layers = [
+                part[row.statistic].mean()
+                for _, part in chosen[chosen["group"] == group].groupby("layer")
+            ]
+            assert side == pytest.approx(np.mean(layers))
+        assert row.gap == pytest.approx(row.high - row.low)
+    cosines = pd.read_parquet(directory / "similarity")
+    table = similarity_table(run, [("long", "short")])
+    assert len(table) == 6
+    for row in table.itertuples():
+        chosen = cosines[(cosines["kind"] == row.kind) & (cosines["projection"] == row.projection)]
+        assert row.high == pytest.approx(chosen[chosen["group"] == "long"]["cosine"].mean())
+    layered = spectra_table(run, [("long", "short")], by="layer")
+    assert len(layered) == 2 * 3 * 4
+    assert spectra_table(run, [("long", "short")], by="example").shape == (97 + 89, 2 + 8)
+
+
+def test_layers_restrict_every_number(directory):
+    one = example_values(read_values(directory, layers="1"))["nuclear_norm", "q"]
+    spectra = pd.read_parquet(directory / "spectra").query("layer == 1 and projection == 'q'")
+    expected = spectra.set_index(["group", "example_id"])["nuclear_norm"]
+    pd.testing.assert_series_equal(one, expected.sort_index(), check_names=False)
+    with pytest.raises(GradjaxError, match=r"--layers=3"):
+        read_values(directory, layers="3")
+
+
+def test_published_numbers_stand_beside_measured_ones(tmp_path, directory):
+    spectra, similarity = published("qwen2.5_7b", "wizardlm/ifd_qwen7b")
+    assert tuple(spectra.loc[("nuclear_norm", "k"), ["high", "low"]]) == (1.3, 6.1)
+    assert similarity.empty  # the paper has no table of it
+    assert len(published("qwen2.5_7b", "wizardlm/reward")[1]) == 6
+    named = write_run(
+        tmp_path / "run",
+        {"a": draw(1, 31), "b": draw(2, 29)},
+        model={"name": "qwen2.5_7b"},
+    )
+    config = ReportConfig((str(named),), published="wizardlm/ifd_qwen7b")
+    table = pd.read_csv(write_report(config).directory / "spectra.csv")
+    row = table[(table["statistic"] == "nuclear_norm") & (table["projection"] == "k")].iloc[0]
+    assert row["published_gap"] == pytest.approx(1.3 - 6.1)
+    assert row["difference"] == pytest.approx(row["gap"] - row["published_gap"])
+    with pytest.raises(GradjaxError, match="wizardlm/reward"):
+        published("qwen2.5_7b", "wizardlm/nothing")
+    with pytest.raises(GradjaxError, match="gemma2_2b"):
+        published("made-up", "wizardlm/reward")
+
+
+def test_everything_is_written(report):
+    names = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
+    for name, kind in itertools.product(("spectra", "similarity"), ("csv", "md", "tex")):
+        assert f"{name}.{kind}" in names
+    assert {"comparisons.csv", "length_control.csv", "report.html"} <= names
+    assert {"figures/long_short_nuclear_norm.svg", "figures/long_same_spectra.png"} <= names
+    assert "nuclear\\_norm" in (report / "spectra.tex").read_text()
+    page = (report / "report.html").read_text()
+    assert "long against short, beyond length: nuclear norm yes, smaller in long" in page
+    assert "empty_response" in page
+
+
+def test_python_and_the_program_say_the_same(directory, report, tmp_path):
+    command = [sys.executable, "-m", "gradjax.report", f"--run={directory}"]
+    command += ["--compare=long:short", "--compare=long:same", f"--output_dir={tmp_path}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("long against short, beyond length: nuclear norm yes")
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "comparisons.csv"), pd.read_csv(report / "comparisons.csv")
+    )
+    frame = gradjax.open_run(directory).compare("long", "short")
+    table = pd.read_csv(report / "comparisons.csv").query("comparison == 'long:short'")
+    columns = [column for column in COLUMNS if column != "p_adjusted"]  # of another family
+    pd.testing.assert_frame_equal(frame[columns], table[columns].reset_index(drop=True))
+
+
+def test_several_runs_stand_side_by_side(directory, tmp_path):
+    groups = {"long": draw(4, 31, 80), "short": draw(5, 29)}
+    other = write_run(tmp_path / "other", groups, model={"name": "another"})
+    config = ReportConfig(
+        (str(directory), str(other)), ("long:short",), output_dir=str(tmp_path / "both")
+    )
+    written = write_report(config)
+    assert len(written.verdicts) == 2
+    table = pd.read_csv(written.directory / "comparisons.csv")
+    assert table["model"].drop_duplicates().tolist() == ["made-up", "another"]
+    assert (written.directory / "figures" / "models_long_short_effective_rank.svg").exists()
+
+
+def run_with(tmp_path: Path, groups: dict[str, Group], **rest) -> str:
+    return str(write_run(tmp_path / "run", groups, **rest))
+
+
+ONE, TWO = draw(1, 5), draw(2, 7)
+NONE = Group([], [], [], [], empty=4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rest", "config", "says"),
+    [
+        ({"a": ONE}, {}, {}, r"one group, 'a'"),
+        ({"a": ONE, "b": TWO}, {}, {"compare": ("a:c",)}, r"no group 'c'; it has a, b"),
+        ({"a": ONE, "b": TWO}, {"data": {"a": {"rows": 5}, "b": {"rows": 9}}}, {}, "2 rows are"),
+        ({"a": ONE, "b": TWO}, {"versions": {"gradjax": "0.0.9"}}, {}, r"by gradjax 0\.0\.9"),
+        ({"a": ONE, "b": NONE}, {}, {}, r"none of the 4 rows of group 'b'.*4 empty_response"),
+    ],
+)
+def test_faults_are_one_sentence(tmp_path, groups, rest, config, says):
+    directory = run_with(tmp_path, groups, **rest)
+    with pytest.raises(GradjaxError, match=says):
+        write_report(ReportConfig((directory,), **config))
+    assert not (Path(directory) / "report").exists()
+
+
+def test_faults_of_flags(tmp_path):
+    with pytest.raises(GradjaxError, match="is not a gradjax run"):
+        write_report(ReportConfig((str(tmp_path),)))
+    for pair in ("a", "a:", ":b", "a:a"):
+        with pytest.raises(GradjaxError, match=f"--compare={pair}"):
+            ReportConfig((str(tmp_path),), (pair,))
+    with pytest.raises(GradjaxError, match="1 times, --run 2 times"):
+        ReportConfig(("a", "b"), equal_length_runs=("c",))
+
+
+def test_an_equal_length_run_of_something_else_is_refused(tmp_path):
+    groups = {"a": draw(1, 31), "b": draw(2, 29)}
+    run = str(write_run(tmp_path / "run", groups))
+    with pytest.raises(GradjaxError, match="not run with --target_tokens"):
+        write_report(ReportConfig((run,), equal_length_runs=(run,)))
+    other = write_run(tmp_path / "other", groups, target_tokens=8)
+    manifest = json.loads((other / "run.json").read_text())
+    manifest["settings"]["model"] = "sha256:another"
+    (other / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(GradjaxError, match="another model"):
+        write_report(ReportConfig((run,), equal_length_runs=(str(other),)))
+
+
+def test_few_rows_and_zero_gradients_leave_gaps_empty(tmp_path):
+    groups = {
+        "a": Group([5], [3], [0.0], [1.0]),
+        "b": Group([7, 9], [3, 4], [1.0, 0.0], [2.0, 1.5]),
+    }
+    found = compare(read_values(write_run(tmp_path / "run", groups)), "a", "b")
+    assert found.primary == "none"
+    assert found.table["p"].isna().all()
+    assert set(found.table["beyond_length"]) == {"undecided"}
