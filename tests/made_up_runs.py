@@ -20,16 +20,17 @@ from gradjax.structs import (
 )
 
 SIDES = (13, 17)  # of every gradient
+Numbers = Sequence[float] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
     """A group's rows: tokens, and what their nuclear norms and effective ranks are about."""
 
-    target: Sequence[int]
-    prompt: Sequence[int]
-    norms: Sequence[float]
-    ranks: Sequence[float]
+    target: Numbers
+    prompt: Numbers
+    norms: Numbers
+    ranks: Numbers
     empty: int = 0  # rows without a response, after the others
 
 

@@ -153,6 +153,19 @@ def test_groups_without_common_lengths_need_an_equal_length_run(tmp_path):
     assert verdicts(run, "long", "short", equal_length=equal)["effective_rank"] != "yes"
 
 
+def test_a_run_of_equal_lengths_is_compared_by_itself(tmp_path):
+    groups = {
+        name: Group(
+            [8] * 37, np.arange(37) % 7 + 5, draw(seed, 37, 8, norm=norm).norms, np.ones(37)
+        )
+        for name, seed, norm in (("a", 1, 0.5), ("b", 2, 1))
+    }
+    run = read_values(write_run(tmp_path / "run", groups, target_tokens=8))
+    assert compare(run, "a", "b").matched_share == 1
+    assert verdicts(run, "a", "b")["nuclear_norm"] == "yes"
+    assert verdicts(run, "a", "b")["effective_rank"] != "yes"
+
+
 def test_length_and_balance_are_said(directory):
     found = compare(read_values(directory), "long", "short")
     run = read_values(directory)

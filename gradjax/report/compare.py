@@ -268,7 +268,9 @@ def _rank_effect(
     values = np.concatenate([high, low])
     known = np.isfinite(values)
     group = np.repeat([1.0, 0.0], [len(high), len(low)])
-    inputs = np.column_stack([group, np.ones(len(values)), np.vstack([logs_high, logs_low])])
+    logs = np.vstack([logs_high, logs_low])
+    logs = logs[:, np.ptp(logs, axis=0) > 0]  # a column of equal lengths is the constant's
+    inputs = np.column_stack([group, np.ones(len(values)), logs])
     if known.sum() <= inputs.shape[1]:
         return np.nan
     ranks = 100 * stats.rankdata(values[known]) / known.sum()
