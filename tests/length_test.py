@@ -122,6 +122,25 @@ def test_intervals_of_the_equal_length_run_cover_the_truth():
     assert 0.91 < inside / DATA_SETS < 0.98
 
 
+@pytest.mark.parametrize("lengths", [(7,), (7, 11), (7, 11, 13), (7, 11, 13, 17)])
+def test_few_distinct_lengths_are_enough(lengths):
+    rng = np.random.default_rng(len(lengths))
+    sides = [Lengths(rng.choice(lengths, 60), rng.choice([5, 9], 60)) for _ in range(2)]
+    high, low = (np.exp(0.1 * rng.standard_normal(60)) * side.target for side in sides)
+    found = matched_effect(2 * high, low, *(side.logs for side in sides), match(*sides))
+    assert found is not None
+    assert found.verdict == "yes"
+    assert found.log_ratio == pytest.approx(np.log(2), abs=0.1)
+
+
+def test_prompts_that_tell_the_groups_apart_leave_it_undecided():
+    sides = [Lengths(np.full(30, 7), np.full(30, prompt)) for prompt in (5, 9)]
+    values = np.exp(np.random.default_rng(0).standard_normal((2, 30)))
+    logs = [side.logs for side in sides]
+    assert matched_effect(*values, *logs, match(*sides)) is None
+    assert unmatched_effect(*values, *logs) is None
+
+
 def test_a_statistic_that_never_varies_is_no_effect():
     rng = np.random.default_rng(0)
     high, low = draw_lengths(rng, 0.6)

@@ -259,6 +259,23 @@ def test_python_and_the_program_say_the_same(directory, report, tmp_path):
     pd.testing.assert_frame_equal(frame[columns], table[columns].reset_index(drop=True))
 
 
+def test_main_ends_with_the_comparison_of_two_groups(tmp_path):
+    for name, answer in (("a", "The answer is 7."), ("b", "No.")):
+        rows = [{"instruction": f"How many are {i} + 3?", "output": answer} for i in range(3)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    command = [sys.executable, "-m", "gradjax.main", f"--output_dir={tmp_path / 'run'}"]
+    command += [f"--data={tmp_path / name}.json" for name in "ab"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    frame = gradjax.open_run(tmp_path / "run").compare("a", "b")
+    row = frame.set_index(["statistic", "projection"]).loc["effective_rank", "all"]
+    shown = f"{row['gap']:.4g} [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
+    assert shown in done.stdout
+    assert "a against b, beyond length: nuclear norm undecided" in done.stdout
+    assert f"python -m gradjax.report --run={tmp_path / 'run'}" in done.stdout
+
+
 def test_several_runs_stand_side_by_side(directory, tmp_path):
     groups = {"long": draw(4, 31, 80), "short": draw(5, 29)}
     other = write_run(tmp_path / "other", groups, model={"name": "another"})

@@ -271,7 +271,7 @@ def _rank_effect(
     logs = np.vstack([logs_high, logs_low])
     logs = logs[:, np.ptp(logs, axis=0) > 0]  # a column of equal lengths is the constant's
     inputs = np.column_stack([group, np.ones(len(values)), logs])
-    if known.sum() <= inputs.shape[1]:
+    if np.linalg.matrix_rank(inputs[known]) < inputs.shape[1]:
         return np.nan
     ranks = 100 * stats.rankdata(values[known]) / known.sum()
     return float(sm.OLS(ranks, inputs[known]).fit().params[0])

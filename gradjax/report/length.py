@@ -169,10 +169,22 @@ def _effect(
     others: Float[np.ndarray, "n k"],
     terms: float,
     low: Float[np.ndarray, " m"],
-) -> Effect:
-    """The coefficient of `group`; a value is a difference of `terms`² rows' logarithms."""
-    others = others[:, np.ptp(others, axis=0) + np.abs(others[0]) > 0]  # no columns of zeros
-    fit = sm.OLS(values, np.column_stack([group, others])).fit(cov_type="HC3", use_t=True)
+) -> Effect | None:
+    """The coefficient of `group`; a value is a difference of `terms`² rows' logarithms.
+
+    None where the other columns leave nothing of it.
+    """
+    inputs = np.column_stack([group, _independent(others)])
+    if np.linalg.matrix_rank(inputs) < inputs.shape[1]:
+        return None
+    with np.errstate(all="ignore"):  # a row that alone decides a coefficient has no error
+        fit = sm.OLS(values, inputs).fit(cov_type="HC3", use_t=True)
+        ratio, error = float(fit.params[0]), float(fit.bse[0])
     spread = float(np.sqrt(fit.ssr / fit.df_resid)) / terms
-    ratio, error = float(fit.params[0]), float(fit.bse[0])
     return Effect(ratio, error, float(fit.df_resid), spread, float(np.exp(low.mean())))
+
+
+def _independent(columns: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n r"]:
+    """Orthonormal columns that span the same: few distinct lengths make powers of them repeat."""
+    basis, sizes, _ = np.linalg.svd(columns, full_matrices=False)
+    return basis[:, sizes > 1e-9 * max(sizes.max(initial=0), 1)]
