@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+import gradjax
 from gradjax.errors import GradjaxError
 from gradjax.report import figures
 from gradjax.report.values import SPECTRAL, RunValues, read_values
@@ -48,6 +49,7 @@ def made_up_run(
     columns = ["group", "example_id", "status", "num_tokens", "num_target_tokens", "loss"]
     return RunValues(
         directory=directory,
+        name=name,
         manifest={
             "model": {"name": name},
             "data": {group: {"rows": count + 1} for group, count in counts.items()},
@@ -271,6 +273,7 @@ def stored(tmp_path) -> tuple[RunValues, dict[str, list[Spectrum]]]:
         "model": {"name": "tiny"},
         "data": {group: {"rows": count} for group, count in COUNTS.items()},
         "gradient_shapes": {projection: [307, 311] for projection in PROJECTIONS},
+        "versions": {"gradjax": gradjax.__version__},
     }
     with open_store(tmp_path / "run", settings) as store:
         store.write_manifest(manifest)

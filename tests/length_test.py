@@ -105,20 +105,26 @@ def test_a_known_effect_is_recovered_whatever_length_and_prompt_do():
     assert found is not None
     typical = gmean(values(low)[pairs[:, 1]])
     assert found.gap == pytest.approx(0.25 * typical, rel=1e-9)
-    assert found.interval(0.05) == pytest.approx((0.25 * typical,) * 2, rel=1e-6)
+    assert found.error == pytest.approx(0, abs=1e-9)
     assert found.verdict == "yes"
 
 
-def test_intervals_of_the_equal_length_run_cover_the_truth():
+@pytest.mark.parametrize("matched", [True, False])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 1, 1.3])
+def test_intervals_cover_the_truth(ratio, matched):
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(DATA_SETS):
         sides = [Lengths(np.full(ROWS, 31), rng.integers(5, 150, ROWS)) for _ in range(2)]
-        high, low = (np.exp(0.8 * side.logs[:, 1] + rng.standard_normal(ROWS)) for side in sides)
-        found = unmatched_effect(1.3 * high, low, sides[0].logs, sides[1].logs)
+        high, low = np.exp(0.6 * rng.standard_normal((2, ROWS)))  # of geometric mean 1
+        logs = [side.logs for side in sides]
+        if matched:
+            found = matched_effect(ratio * high, low, *logs, match(*sides))
+        else:
+            found = unmatched_effect(ratio * high, low, *logs)
         assert found is not None
         ends = found.interval(0.05)
-        inside += ends[0] < 0.3 * gmean(low) < ends[1]
+        inside += ends[0] < ratio - 1 < ends[1]
     assert 0.91 < inside / DATA_SETS < 0.98
 
 
@@ -131,6 +137,36 @@ def test_few_distinct_lengths_are_enough(lengths):
     assert found is not None
     assert found.verdict == "yes"
     assert found.log_ratio == pytest.approx(np.log(2), abs=0.1)
+
+
+def test_a_few_pairs_of_other_lengths_do_not_hide_an_effect():
+    rng = np.random.default_rng(0)
+    target = np.full((2, 60), 40)
+    target[0, :3] = 41, 42, 43
+    sides = [Lengths(side, rng.integers(5, 9, 60)) for side in target]
+    high, low = np.exp(0.1 * rng.standard_normal((2, 60)))
+    found = matched_effect(3 * high, low, *(side.logs for side in sides), match(*sides))
+    assert found is not None
+    assert found.verdict == "yes"
+
+
+@pytest.mark.parametrize("matched", [True, False])
+def test_prompt_length_alone_is_seldom_taken_for_more(matched):
+    rng = np.random.default_rng(0)
+    yes = 0
+    for _ in range(DATA_SETS):
+        prompt = np.exp(4 + np.array([[1], [0]]) + 0.5 * rng.standard_normal((2, ROWS))).astype(int)
+        target = rng.integers(10, 60, (2, ROWS)) if matched else np.full((2, ROWS), 31)
+        sides = [Lengths(*side) for side in zip(target, prompt, strict=True)]
+        noise = np.exp(0.05 * rng.standard_normal((2, ROWS)))
+        high, low = np.minimum(target + prompt, 64) ** 0.9 * noise
+        logs = [side.logs for side in sides]
+        if matched:
+            found = matched_effect(high, low, *logs, match(*sides))
+        else:
+            found = unmatched_effect(high, low, *logs)
+        yes += found is not None and found.verdict == "yes"
+    assert yes <= 0.05 * DATA_SETS
 
 
 def test_prompts_that_tell_the_groups_apart_leave_it_undecided():

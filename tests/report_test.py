@@ -15,7 +15,7 @@ from statsmodels.stats.multitest import multipletests
 
 import gradjax
 from gradjax.errors import GradjaxError
-from gradjax.report.compare import COLUMNS, compare
+from gradjax.report.compare import COLUMNS, compare, difference
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.values import RunValues, example_values, read_values
@@ -161,7 +161,7 @@ def test_a_run_of_equal_lengths_is_compared_by_itself(tmp_path):
         for name, seed, norm in (("a", 1, 0.5), ("b", 2, 1))
     }
     run = read_values(write_run(tmp_path / "run", groups, target_tokens=8))
-    assert compare(run, "a", "b").matched_share == 1
+    assert compare(run, "a", "b").primary == "equal_length"
     assert verdicts(run, "a", "b")["nuclear_norm"] == "yes"
     assert verdicts(run, "a", "b")["effective_rank"] != "yes"
 
@@ -171,7 +171,6 @@ def test_length_and_balance_are_said(directory):
     run = read_values(directory)
     high, low = (run.rows(g)["num_target_tokens"].to_numpy() for g in ("long", "short"))
     assert found.length_auroc == pytest.approx((np.sign(high[:, None] - low).mean() + 1) / 2)
-    assert found.not_used == {"long": {"empty_response": 3}, "short": {}}
     balance = found.balance.set_index(["rows", "tokens"])
     before, after = balance.loc[("all", "target")], balance.loc[("matched", "target")]
     assert before["high"] == pytest.approx(np.exp(np.log(high).mean()))
@@ -220,22 +219,38 @@ def test_published_numbers_stand_beside_measured_ones(tmp_path, directory):
         {"a": draw(1, 31), "b": draw(2, 29)},
         model={"name": "qwen2.5_7b"},
     )
-    config = ReportConfig((str(named),), published="wizardlm/ifd_qwen7b")
+    config = ReportConfig((str(named),), ("a:b",), published="wizardlm/ifd_qwen7b")
     table = pd.read_csv(write_report(config).directory / "spectra.csv")
     row = table[(table["statistic"] == "nuclear_norm") & (table["projection"] == "k")].iloc[0]
     assert row["published_gap"] == pytest.approx(1.3 - 6.1)
-    assert row["difference"] == pytest.approx(row["gap"] - row["published_gap"])
+    assert row["gap_difference"] == pytest.approx(row["gap"] - row["published_gap"])
     with pytest.raises(GradjaxError, match="wizardlm/reward"):
         published("qwen2.5_7b", "wizardlm/nothing")
     with pytest.raises(GradjaxError, match="gemma2_2b"):
         published("made-up", "wizardlm/reward")
 
 
+def test_separated_groups_have_an_interval_of_auroc():
+    found = difference(np.arange(20) + 100.0, np.arange(20.0))
+    assert found["auroc"] == found["auroc_high"] == 1
+    assert 0.8 < found["auroc_low"] < 0.9
+
+
+def test_a_folder_that_cannot_be_written_is_said(directory, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(GradjaxError, match="file/a cannot be written"):
+        write_report(ReportConfig((str(directory),), output_dir=str(tmp_path / "file" / "a")))
+
+
 def test_everything_is_written(report):
+    rows = pd.read_csv(report / "rows.csv").set_index(["group", "status"])["rows"]
+    assert rows["long", "empty_response"] == 3
+    assert rows["short", "ok"] == 89
     names = {str(path.relative_to(report)) for path in report.rglob("*") if path.is_file()}
     for name, kind in itertools.product(("spectra", "similarity"), ("csv", "md", "tex")):
         assert f"{name}.{kind}" in names
     assert {"comparisons.csv", "length_control.csv", "report.html"} <= names
+    assert {"statistics.csv", "balance.csv"} <= names
     assert {"figures/long_short_nuclear_norm.svg", "figures/long_same_spectra.png"} <= names
     assert "nuclear\\_norm" in (report / "spectra.tex").read_text()
     page = (report / "report.html").read_text()
@@ -320,6 +335,8 @@ def test_faults_of_flags(tmp_path):
     for pair in ("a", "a:", ":b", "a:a"):
         with pytest.raises(GradjaxError, match=f"--compare={pair}"):
             ReportConfig((str(tmp_path),), (pair,))
+    with pytest.raises(GradjaxError, match="expected one --compare"):
+        ReportConfig(("a",), published="wizardlm/reward")
     with pytest.raises(GradjaxError, match="1 times, --run 2 times"):
         ReportConfig(("a", "b"), equal_length_runs=("c",))
 
@@ -329,11 +346,15 @@ def test_an_equal_length_run_of_something_else_is_refused(tmp_path):
     run = str(write_run(tmp_path / "run", groups))
     with pytest.raises(GradjaxError, match="not run with --target_tokens"):
         write_report(ReportConfig((run,), equal_length_runs=(run,)))
+    data = {name: {"rows": len(g.target), "hash": "others"} for name, g in groups.items()}
+    other = write_run(tmp_path / "others", groups, target_tokens=8, data=data)
+    with pytest.raises(GradjaxError, match="the rows of a, the rows of b"):
+        write_report(ReportConfig((run,), equal_length_runs=(str(other),)))
     other = write_run(tmp_path / "other", groups, target_tokens=8)
     manifest = json.loads((other / "run.json").read_text())
     manifest["settings"]["model"] = "sha256:another"
     (other / "run.json").write_text(json.dumps(manifest))
-    with pytest.raises(GradjaxError, match="another model"):
+    with pytest.raises(GradjaxError, match=r"differs from .* in model"):
         write_report(ReportConfig((run,), equal_length_runs=(str(other),)))
 
 

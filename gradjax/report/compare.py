@@ -5,7 +5,6 @@ the projections.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from gradjax.report.length import (
     matched_effect,
     unmatched_effect,
 )
-from gradjax.report.values import ALL, RunValues, count_statuses, example_values
+from gradjax.report.values import ALL, RunValues, example_values
 
 COLUMNS = [
     *("comparison", "statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap"),
@@ -36,6 +35,7 @@ _TABLE = [
     *("p", "auroc_low", "auroc_high", "rank_effect"),
     *("equal_length_gap", "equal_length_ci_low", "equal_length_ci_high"),
 ]
+_COMMON = ("model", "tokenizer", "template", "prompt_format", "max_length", "layers", "projections")
 INTERVAL = 0.05  # of what is shown: 95 % intervals
 ENOUGH = 0.5  # share of rows matched from which matched pairs are the primary view
 _RESAMPLES = 2_000
@@ -56,13 +56,13 @@ class Comparison:
     high: str
     low: str
     table: pd.DataFrame
-    not_used: dict[str, dict[str, int]]  # by group and status
     length_auroc: float
     loss_auroc: float
     pairs: int
     matched_share: float
     balance: pd.DataFrame
     equal_length: int | None  # target tokens of the equal-length run, where there is one
+    equal_length_rows: tuple[int, int]  # its rows that are used: of high, of low
     primary: View  # what decides
 
     @property
@@ -77,7 +77,7 @@ def compare(
     """Compares two groups.
 
     Args:
-      equal_length: a run of the same groups with `--target_tokens`.
+      equal_length: a run of the same groups with `--target_tokens`. Such a run is its own.
 
     Raises:
       GradjaxError: if a group is missing or has no `ok` row.
@@ -87,9 +87,10 @@ def compare(
     lengths = {group: _lengths(rows) for group, rows in sides.items()}
     pairs = match(lengths[high], lengths[low])
     share = len(pairs) / min(len(rows) for rows in sides.values())
+    equal_length = run if run.target_tokens else equal_length
     equal = _equal_length_effects(run, high, low, equal_length) if equal_length else {}
     primary: View = "matched" if len(pairs) >= FEWEST_PAIRS else "none"
-    if equal and share < ENOUGH:
+    if equal and (share < ENOUGH or equal_length is run):
         primary = "equal_length"
     rows = []
     for statistic, projection in values.columns:
@@ -120,13 +121,15 @@ def compare(
         high=high,
         low=low,
         table=pd.DataFrame(rows, columns=_TABLE),
-        not_used={g: count_statuses(run.examples[run.examples["group"] == g]) for g in sides},
         length_auroc=auroc(*(side.to_numpy(float) for side in targets)),
         loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in sides.values())),
         pairs=len(pairs),
         matched_share=share,
         balance=_balance(lengths[high], lengths[low], pairs),
         equal_length=equal_length.target_tokens if equal_length else None,
+        equal_length_rows=(
+            (len(equal_length.rows(high)), len(equal_length.rows(low))) if equal_length else (0, 0)
+        ),
         primary=primary,
     )
 
@@ -167,10 +170,17 @@ def difference(high: np.ndarray, low: np.ndarray) -> dict[str, float]:
     ).confidence_interval
     found |= {"ci_low": ends.low, "ci_high": ends.high}
     found["p"] = stats.mannwhitneyu(high, low).pvalue
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # separated samples have no variance of ranks
-        low_end, high_end = rank_compare_2indep(high, low).conf_int(alpha=INTERVAL)
-    return found | {"auroc_low": max(low_end, 0.0), "auroc_high": min(high_end, 1.0)}
+    return found | _auroc_interval(high, low, found["auroc"])
+
+
+def _auroc_interval(high: np.ndarray, low: np.ndarray, estimate: float) -> dict[str, float]:
+    """Brunner and Munzel's; Wilson's of the smaller side's rows where ranks do not vary."""
+    if estimate in (0, 1) or not np.ptp(np.concatenate([high, low])):
+        rows = min(len(high), len(low))
+        ends = stats.binomtest(round(estimate * rows), rows).proportion_ci(1 - INTERVAL, "wilson")
+    else:
+        ends = rank_compare_2indep(high, low).conf_int(alpha=INTERVAL)
+    return {"auroc_low": max(ends[0], 0.0), "auroc_high": min(ends[1], 1.0)}
 
 
 def auroc(high: np.ndarray, low: np.ndarray) -> float:
@@ -208,7 +218,8 @@ def _said(comparison: Comparison, row: dict[Hashable, Any]) -> str:
 
 def _basis(comparison: Comparison) -> str:
     if comparison.primary == "equal_length":
-        return f"By the run of the first {comparison.equal_length} target tokens of every response."
+        rows = "{} and {} rows".format(*comparison.equal_length_rows)
+        return f"By the first {comparison.equal_length} target tokens of responses ({rows})."
     pairs = f"{comparison.pairs} matched pairs, {comparison.matched_share:.0%} of the smaller group"
     if comparison.primary == "matched":
         return f"By {pairs}."
@@ -225,10 +236,10 @@ def _equal_length_effects(
         raise GradjaxError(
             f"--equal_length_run={equal_length.directory}: it was not run with --target_tokens=N"
         )
-    ours, theirs = run.manifest["settings"]["model"], equal_length.manifest["settings"]["model"]
-    if ours != theirs:
+    if unlike := _unlike(run, equal_length, (high, low)):
         raise GradjaxError(
-            f"--equal_length_run={equal_length.directory} is of another model than {run.directory}"
+            f"--equal_length_run={equal_length.directory} differs from {run.directory} in "
+            f"{', '.join(unlike)}; give a run of the same command with --target_tokens=N"
         )
     values = example_values(equal_length)
     sides = [equal_length.rows(group) for group in (high, low)]
@@ -240,6 +251,20 @@ def _equal_length_effects(
         ours, theirs = (column.reindex(key).to_numpy(float) for key in keys)
         effects[statistic, projection] = unmatched_effect(ours, theirs, *logs)
     return effects
+
+
+def _unlike(run: RunValues, other: RunValues, groups: tuple[str, str]) -> list[str]:
+    """What two runs should have in common and have not."""
+    unlike = [
+        name
+        for name in _COMMON
+        if run.manifest["settings"].get(name) != other.manifest["settings"].get(name)
+    ]
+    for group in groups:
+        ours, theirs = (one.manifest["data"].get(group, {}) for one in (run, other))
+        if ours.get("hash") != theirs.get("hash"):
+            unlike.append(f"the rows of {group}")
+    return unlike
 
 
 def _lengths(rows: pd.DataFrame) -> Lengths:

@@ -3,8 +3,8 @@
 A gradient is a sum over tokens, so its norms and its rank follow the response's length, and groups
 of different quality mostly differ in length too. Rows of both groups are paired on the logarithm
 of their target tokens; what length difference remains within pairs is taken off by regressing the
-pairs' log ratios of the statistic on the differences of a cubic in log target tokens and of log
-prompt tokens (regression after matching: Rubin 1973, Biometrics 29:185). Statistics are positive
+pairs' log ratios of the statistic on the differences of cubics in log target and log prompt tokens
+(regression after matching: Rubin 1973, Biometrics 29:185). Statistics are positive
 and vary in proportion, so they are compared as logarithms: in the simulations of
 tests/length_test.py this finds effects that differences in units miss.
 """
@@ -29,15 +29,16 @@ at equal length excludes zero, in either direction; it does not ("no") if that i
 
 The interval is that of matched pairs: one row of either group, one-to-one, the closest first, at
 most {CALIPER} standard deviations apart in log target tokens. The pairs' log ratios are corrected
-for the length difference within pairs by a cubic in log target tokens, and for prompt tokens.
+for the length differences within pairs by cubics in log target and in log prompt tokens.
 Fewer than {FEWEST_PAIRS} pairs decide nothing.
 
 Where fewer than half of the smaller group's rows can be matched and there is a run whose responses
 were cut to their first N target tokens, that run decides: it has no difference in response length,
 and asks a slightly different question, since only the first N tokens of each response count.
 
-Length and loss alone, the rank regression and effective rank over its bound min(T, m, n), which
-itself depends on length, are shown for description and decide nothing."""
+Length and loss alone and the rank regression are shown for description and decide nothing.
+Effective rank over its bound min(T, m, n), which itself depends on length, has a row of its own and
+no part in the sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,32 +60,28 @@ class Effect:
 
     log_ratio: float
     error: float  # standard error of `log_ratio`
-    freedom: float  # degrees of freedom of its Student's t
+    gap: float  # what the factor makes of a typical row of low, in the statistic's units
+    gap_error: float  # its standard error, the typical row's included (delta method)
+    freedom: float  # degrees of freedom of their Student's t
     spread: float  # standard deviation of a row's log statistic at a given length
-    level_of_low: float  # geometric mean of low's rows, in the statistic's units
-
-    @property
-    def gap(self) -> float:
-        """What the factor makes of a typical row of low: high − low, in the statistic's units."""
-        return self.level_of_low * float(np.expm1(self.log_ratio))
 
     def interval(self, level: float) -> tuple[float, float]:
         """The interval of `gap` that leaves out the truth with probability `level`."""
-        low, high = self._log_interval(level)
-        return self.level_of_low * np.expm1(low), self.level_of_low * np.expm1(high)
+        half = self.gap_error * self._quantile(level)
+        return self.gap - half, self.gap + half
 
     @property
     def verdict(self) -> Verdict:
         """Whether there is an effect, at `LEVEL`; "no" if none of any size that matters."""
-        low, high = self._log_interval(LEVEL)
+        half = self.error * self._quantile(LEVEL)
+        low, high = self.log_ratio - half, self.log_ratio + half
         if low > 0 or high < 0:
             return "yes"
         most = NEGLIGIBLE * self.spread
         return "no" if -most < low and high < most else "undecided"
 
-    def _log_interval(self, level: float) -> tuple[float, float]:
-        half = self.error * float(stats.t.ppf(1 - level / 2, self.freedom))
-        return self.log_ratio - half, self.log_ratio + half
+    def _quantile(self, level: float) -> float:
+        return float(stats.t.ppf(1 - level / 2, self.freedom))
 
 
 def match(high: Lengths, low: Lengths) -> Int[np.ndarray, "pairs 2"]:
@@ -135,7 +132,8 @@ def matched_effect(
     columns = _columns(np.concatenate([logs_high[i], logs_low[j]]))
     apart = columns[: len(i)] - columns[len(i) :]
     ours, theirs = np.log(high[i]), np.log(low[j])
-    return _effect(ours - theirs, np.ones(len(i)), apart, np.sqrt(2), theirs)
+    share = np.full(len(i), 1 / len(i))
+    return _effect(ours - theirs, np.ones(len(i)), apart, np.sqrt(2), theirs, share)
 
 
 def unmatched_effect(
@@ -148,19 +146,23 @@ def unmatched_effect(
     highs, lows = high > 0, low > 0
     if min(highs.sum(), lows.sum()) < FEWEST_PAIRS:
         return None
-    prompts = np.concatenate([logs_high[highs, 1], logs_low[lows, 1]])
-    group = np.repeat([0.5, -0.5], [highs.sum(), lows.sum()])
-    others = np.column_stack([np.ones(len(prompts)), prompts - prompts.mean()])
-    ours, theirs = np.log(high[highs]), np.log(low[lows])
-    return _effect(np.concatenate([ours, theirs]), group, others, 1.0, theirs)
+    counts = [highs.sum(), lows.sum()]
+    prompts = _powers(np.concatenate([logs_high[highs, 1], logs_low[lows, 1]]))
+    others = np.column_stack([np.ones(len(prompts)), prompts])
+    values = np.log(np.concatenate([high[highs], low[lows]]))
+    group = np.repeat([0.5, -0.5], counts)
+    return _effect(values, group, others, 1.0, values, np.repeat([0, 1 / counts[1]], counts))
 
 
 def _columns(logs: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n k"]:
-    """Powers of standardised log target tokens, and log prompt tokens."""
-    spread = logs[:, 0].std()
-    lengths = (logs[:, 0] - logs[:, 0].mean()) / (spread if spread > 0 else 1)
-    powers = lengths[:, None] ** np.arange(1, DEGREE + 1)
-    return np.column_stack([powers, logs[:, 1]])
+    return np.column_stack([_powers(logs[:, 0]), _powers(logs[:, 1])])
+
+
+def _powers(logs: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n k"]:
+    """Powers 1 to `DEGREE` of standardised logarithms."""
+    spread = logs.std()
+    standard = (logs - logs.mean()) / (spread if spread > 0 else 1)
+    return standard[:, None] ** np.arange(1, DEGREE + 1)
 
 
 def _effect(
@@ -168,20 +170,36 @@ def _effect(
     group: Float[np.ndarray, " n"],
     others: Float[np.ndarray, "n k"],
     terms: float,
-    low: Float[np.ndarray, " m"],
+    low: Float[np.ndarray, " n"],
+    share: Float[np.ndarray, " n"],
 ) -> Effect | None:
     """The coefficient of `group`; a value is a difference of `terms`² rows' logarithms.
 
-    None where the other columns leave nothing of it.
+    `low` are low's logarithms where `share`, their weight in low's mean, is not zero. None where
+    the other columns leave nothing of the coefficient.
     """
     inputs = np.column_stack([group, _independent(others)])
-    if np.linalg.matrix_rank(inputs) < inputs.shape[1]:
+    if np.linalg.matrix_rank(inputs) < inputs.shape[1] or len(values) <= inputs.shape[1]:
         return None
-    with np.errstate(all="ignore"):  # a row that alone decides a coefficient has no error
-        fit = sm.OLS(values, inputs).fit(cov_type="HC3", use_t=True)
-        ratio, error = float(fit.params[0]), float(fit.bse[0])
-    spread = float(np.sqrt(fit.ssr / fit.df_resid)) / terms
-    return Effect(ratio, error, float(fit.df_resid), spread, float(np.exp(low.mean())))
+    fit = sm.OLS(values, inputs).fit()
+    leverage = fit.get_influence().hat_matrix_diag
+    shared = leverage < 1 - 1e-8
+    if not shared.all():  # a row that alone decides a coefficient says nothing of the group
+        rows = (values[shared], group[shared], others[shared])
+        return _effect(*rows, terms, low[shared], share[shared] / share[shared].sum())
+    ratio, level = float(fit.params[0]), float(np.exp(share @ low))
+    # What each row moves the estimates by: their squares add up to the variances (HC3).
+    moves = fit.model.pinv_wexog[0] * fit.resid / (1 - leverage)
+    level_moves = share * (low - share @ low)
+    gap_moves = level * (np.exp(ratio) * moves + np.expm1(ratio) * level_moves)
+    return Effect(
+        log_ratio=ratio,
+        error=float(np.linalg.norm(moves)),
+        gap=level * float(np.expm1(ratio)),
+        gap_error=float(np.linalg.norm(gap_moves)),
+        freedom=float(fit.df_resid),
+        spread=float(np.sqrt(fit.ssr / fit.df_resid)) / terms,
+    )
 
 
 def _independent(columns: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n r"]:

@@ -32,10 +32,13 @@ def published(model: str, experiment: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def beside(measured: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
-    """A table of `tables.py` with the published columns and how far the measured gap is off."""
+    """A table of `tables.py` with the published columns, and measured less published numbers."""
+    if paper.empty:
+        return measured
     key = [str(name) for name in paper.index.names]
     joined = measured.join(paper.add_prefix("published_"), on=key)
-    joined["difference"] = joined["gap"] - joined["published_gap"]
+    for name in ("high", "low", "gap"):
+        joined[f"{name}_difference"] = joined[name] - joined[f"published_{name}"]
     return joined
 
 

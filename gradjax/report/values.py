@@ -28,15 +28,11 @@ class RunValues:
     """
 
     directory: str | Path
+    name: str  # the model's
     manifest: dict[str, Any]
     examples: pd.DataFrame
     matrices: pd.DataFrame
     similarity: pd.DataFrame
-
-    @property
-    def name(self) -> str:
-        """What the model was called."""
-        return self.manifest["model"]["name"]
 
     @property
     def groups(self) -> list[str]:
@@ -104,7 +100,8 @@ def read_values(directory: str | Path, layers: str = "all") -> RunValues:
     matrices["normalized_effective_rank"] = matrices["effective_rank"] / most
     similarity = read_table(directory, "similarity").to_pandas()
     within = similarity["layer_a"].isin(chosen) & similarity["layer_b"].isin(chosen)
-    return RunValues(directory, manifest, examples, matrices, similarity[within])
+    name = manifest["model"]["name"]
+    return RunValues(directory, name, manifest, examples, matrices, similarity[within])
 
 
 def _require_version(directory: str | Path, manifest: dict[str, Any]) -> None:

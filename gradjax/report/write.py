@@ -42,6 +42,11 @@ class ReportConfig:
                 f"--equal_length_run was given {len(self.equal_length_runs)} times, --run "
                 f"{len(self.runs)} times; give one for each run, in the same order"
             )
+        if self.published and (len(self.compare) != 1 or self.by != "projection"):
+            raise GradjaxError(
+                f"--published={self.published}: expected one --compare=HIGH:LOW, the groups that "
+                "the paper compares, and --by=projection"
+            )
         for pair in self.compare:
             high, _, low = pair.partition(":")
             if not high or not low or high == low:
@@ -63,7 +68,7 @@ def write_report(config: ReportConfig) -> Written:
       GradjaxError: if a run is missing, unfinished or of one group, or a group of it is unknown
         or has no `ok` row.
     """
-    runs = [read_values(as_directory(run), config.layers) for run in config.runs]
+    runs = _named_apart([read_values(as_directory(run), config.layers) for run in config.runs])
     equal = [read_values(as_directory(run), config.layers) for run in config.equal_length_runs]
     directory = _output_directory(config, runs[0])
     pairs = chosen_pairs(runs[0], config.compare)
@@ -73,13 +78,22 @@ def write_report(config: ReportConfig) -> Written:
         for run, alone in zip(runs, equal or [None] * len(runs), strict=True)
         for high, low in pairs
     ]
-    verdicts = tuple(sentence(comparison) for comparison in comparisons)
-    directory.mkdir(parents=True, exist_ok=True)
-    shown = [
-        *_statistics(directory, comparisons, len(runs) > 1),
-        *_paper_tables(directory, config, runs, pairs),
-    ]
-    drawn = list(_figures(directory, runs, pairs))
+    verdicts = tuple(
+        f"{one.model}: {sentence(one)}" if len(runs) > 1 else sentence(one) for one in comparisons
+    )
+    paper = {run.name: published(_model(run), config.published) for run in runs if config.published}
+    try:
+        (directory / "figures").mkdir(parents=True, exist_ok=True)
+        shown = [
+            _rows_by_status(directory, [*runs, *equal]),
+            *_statistics(directory, comparisons, len(runs) > 1),
+            *_paper_tables(directory, config.by, runs, pairs, paper),
+        ]
+        drawn = list(_figures(directory / "figures", runs, pairs))
+    except OSError as error:
+        raise GradjaxError(
+            f"{directory} cannot be written ({error.strerror}); give an --output_dir that can"
+        ) from error
     write_page(directory / "report.html", _page(runs[0], verdicts, shown, drawn))
     return Written(directory, verdicts)
 
@@ -87,7 +101,7 @@ def write_report(config: ReportConfig) -> Written:
 def chosen_pairs(run: RunValues, given: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs HIGH:LOW of `--compare`; the first group with each other one if none is given."""
     if given:
-        return [(high, low) for high, _, low in (pair.partition(":") for pair in given)]
+        return [(high, low) for high, _, low in (p.partition(":") for p in dict.fromkeys(given))]
     high, *others = run.groups
     if not others:
         raise GradjaxError(
@@ -95,6 +109,21 @@ def chosen_pairs(run: RunValues, given: Sequence[str]) -> list[tuple[str, str]]:
             "with --data=GROUP=SOURCE to the command that made the run"
         )
     return [(high, low) for low in others]
+
+
+def _named_apart(runs: list[RunValues]) -> list[RunValues]:
+    """The runs, those of one model called by their directories as well."""
+    names = [run.name for run in runs]
+    return [
+        dataclasses.replace(run, name=f"{run.name} in {run.directory}")
+        if names.count(run.name) > 1
+        else run
+        for run in runs
+    ]
+
+
+def _model(run: RunValues) -> str:
+    return run.manifest["model"]["name"]
 
 
 def _output_directory(config: ReportConfig, run: RunValues) -> Path:
@@ -108,10 +137,13 @@ def _output_directory(config: ReportConfig, run: RunValues) -> Path:
 def _statistics(
     directory: Path, comparisons: Sequence[Comparison], several: bool
 ) -> Iterator[Table]:
-    """`comparisons.csv` and `length_control.csv`, and what the page shows of them."""
+    """The statistics' CSV files, and what the page shows of them."""
     whole = adjusted(comparisons)
     named = ["model"] if several else []
     whole[[*named, *COLUMNS]].to_csv(directory / "comparisons.csv", index=False)
+    whole[["model", "comparison", *_SHOWN]].to_csv(directory / "statistics.csv", index=False)
+    balances = [one.balance.assign(model=one.model, comparison=one.name) for one in comparisons]
+    pd.concat(balances).to_csv(directory / "balance.csv", index=False)
     controls = pd.DataFrame([_control(comparison) for comparison in comparisons])
     if not several:
         controls = controls.drop(columns="model")
@@ -122,6 +154,18 @@ def _statistics(
         heading = f"{one.model}: {one.high} against {one.low}" if several else one.name
         yield Table(f"Statistics, {heading}", _STATISTICS_NOTE, rows[_SHOWN])
         yield Table(f"Balance of tokens, {heading}", _BALANCE_NOTE, one.balance)
+
+
+def _rows_by_status(directory: Path, runs: Sequence[RunValues]) -> Table:
+    """`rows.csv`: how many rows of each run and group have each status."""
+    counts = [
+        run.examples.groupby(["group", "status"], sort=False).size().reset_index(name="rows")
+        for run in runs
+    ]
+    frame = pd.concat([c.assign(run=str(r.directory)) for c, r in zip(counts, runs, strict=True)])
+    frame = frame[["run", "group", "status", "rows"]]
+    frame.to_csv(directory / "rows.csv", index=False)
+    return Table("Rows", "Rows by status; only `ok` rows are used.", frame)
 
 
 _LENGTH_NOTE = """AUROC of response length alone and of loss alone (0.5: no difference), the share
@@ -149,31 +193,38 @@ def _control(comparison: Comparison) -> dict[str, object]:
         "matched_pairs": comparison.pairs,
         "matched_share": comparison.matched_share,
         "equal_length": comparison.equal_length,
+        "equal_length_n_high": comparison.equal_length_rows[0],
+        "equal_length_n_low": comparison.equal_length_rows[1],
         "decided_by": comparison.primary,
     }
 
 
 def _paper_tables(
-    directory: Path, config: ReportConfig, runs: Sequence[RunValues], pairs: list[tuple[str, str]]
+    directory: Path,
+    by: str,
+    runs: Sequence[RunValues],
+    pairs: list[tuple[str, str]],
+    paper: dict[str, tuple[pd.DataFrame, pd.DataFrame]],
 ) -> Iterator[Table]:
-    """The paper's tables as CSV, Markdown and LaTeX, and for the page."""
+    """The paper's tables as CSV, Markdown and LaTeX, and for the page.
+
+    `paper` has the published spectra and similarities by run, if they were asked for.
+    """
     for run in runs:
         suffix = f"_{_file_name(run.name)}" if len(runs) > 1 else ""
-        spectra = tables.spectra_table(run, pairs, config.by)
+        spectra = tables.spectra_table(run, pairs, by)
         similarity = tables.similarity_table(run, pairs)
-        if config.published:
-            of_paper = published(run.name, config.published)
-            if config.by == "projection":
-                spectra = beside(spectra, of_paper[0])
-            if len(of_paper[1]):
-                similarity = beside(similarity, of_paper[1])
+        if paper:
+            of_spectra, of_similarity = paper[run.name]
+            spectra = beside(spectra, of_spectra)
+            similarity = beside(similarity, of_similarity)
         for name, note, frame in (
             ("Spectra", _SPECTRA_NOTE, spectra),
             ("Similarity", _SIMILARITY_NOTE, similarity),
         ):
             tables.save(frame, directory / f"{name.lower()}{suffix}")
             heading = f"{name}, {run.name}" if suffix else name
-            if config.by != "example" or name != "Spectra":
+            if by != "example" or name != "Spectra":
                 yield Table(heading, note, frame)
 
 
@@ -182,10 +233,8 @@ _SIMILARITY_NOTE = f"Mean cosines of two gradients, within and between layers, a
 
 
 def _figures(
-    directory: Path, runs: Sequence[RunValues], pairs: list[tuple[str, str]]
+    folder: Path, runs: Sequence[RunValues], pairs: list[tuple[str, str]]
 ) -> Iterator[FigureImage]:
-    folder = directory / "figures"
-    folder.mkdir(exist_ok=True)
     for caption, name, figure in _drawings(runs, pairs):
         path = folder / _file_name(name)
         figures.save(figure, path)
