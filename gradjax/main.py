@@ -99,8 +99,8 @@ def main(_: list[str]) -> None:
         print("\n".join([format_table(table), *unused_rows(directory)]))
         if len(table) == 2 and table["rows", "used"].all():
             print_comparison(directory, *table.index)
+        print(f"\nTables, figures and verdicts: python -m gradjax.report --run={directory}")
     print(f"\nThe store is in {directory}")
-    print(f"Tables, figures and verdicts: python -m gradjax.report --run={directory}")
 
 
 def print_comparison(directory: str | Path, high: str, low: str) -> None:

@@ -155,7 +155,9 @@ def test_prompt_length_alone_is_seldom_taken_for_more(matched):
     rng = np.random.default_rng(0)
     yes = 0
     for _ in range(DATA_SETS):
-        prompt = np.exp(4 + np.array([[1], [0]]) + 0.5 * rng.standard_normal((2, ROWS))).astype(int)
+        prompt = np.exp(4 + np.array([[0.2], [0]]) + 0.5 * rng.standard_normal((2, ROWS))).astype(
+            int
+        )
         target = rng.integers(10, 60, (2, ROWS)) if matched else np.full((2, ROWS), 31)
         sides = [Lengths(*side) for side in zip(target, prompt, strict=True)]
         noise = np.exp(0.05 * rng.standard_normal((2, ROWS)))
@@ -167,6 +169,19 @@ def test_prompt_length_alone_is_seldom_taken_for_more(matched):
             found = unmatched_effect(high, low, *logs)
         yes += found is not None and found.verdict == "yes"
     assert yes <= 0.05 * DATA_SETS
+
+
+def test_prompts_far_apart_leave_it_undecided():
+    rng = np.random.default_rng(0)
+    sides = [Lengths(np.full(ROWS, 31), rng.integers(20, 40, ROWS) + more) for more in (0, 20)]
+    values = np.exp(0.1 * rng.standard_normal((2, ROWS))) * [[3], [1]]
+    for found in (
+        matched_effect(*values, *(side.logs for side in sides), match(*sides)),
+        unmatched_effect(*values, *(side.logs for side in sides)),
+    ):
+        assert found is not None
+        assert found.prompts_apart < -1
+        assert found.verdict == "undecided"
 
 
 def test_prompts_that_tell_the_groups_apart_leave_it_undecided():

@@ -103,7 +103,7 @@ def test_sharded_processes_hold_one_model_together(one_process, tmp_path):
     ended = finish(start_together(tmp_path / "run", 2, *flags, devices=2))
     assert [status for status, _, _ in ended] == [0, 0], ended
     # Other sums of products: where the model is sure, its loss's gradient has fewer digits.
-    assert_same_store(tmp_path / "run", one_process, rtol=1e-4)
+    assert_same_store(tmp_path / "run", one_process, rtol=1e-3)
     assert "nuclear norm" in ended[0][1]  # the first one speaks for both
     assert "nuclear norm" not in ended[1][1]
 

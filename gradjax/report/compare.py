@@ -17,6 +17,7 @@ from statsmodels.stats.nonparametric import rank_compare_2indep
 from gradjax.errors import GradjaxError
 from gradjax.report.length import (
     FEWEST_PAIRS,
+    PROMPTS_APART,
     Effect,
     Lengths,
     match,
@@ -32,7 +33,7 @@ COLUMNS = [
 ]
 _TABLE = [
     *(column for column in COLUMNS if column != "p_adjusted"),
-    *("p", "auroc_low", "auroc_high", "rank_effect"),
+    *("p", "auroc_low", "auroc_high", "rank_effect", "prompts_apart"),
     *("equal_length_gap", "equal_length_ci_low", "equal_length_ci_high"),
 ]
 _COMMON = ("model", "tokenizer", "template", "prompt_format", "max_length", "layers", "projections")
@@ -112,6 +113,7 @@ def compare(
                 **_shown("matched", matched),
                 **_shown("equal_length", alone),
                 "rank_effect": _rank_effect(ours, theirs, *logs),
+                "prompts_apart": deciding.prompts_apart if deciding else np.nan,
                 "beyond_length": deciding.verdict if deciding else "undecided",
             }
         )
@@ -217,16 +219,20 @@ def _said(comparison: Comparison, row: dict[Hashable, Any]) -> str:
 
 
 def _basis(comparison: Comparison) -> str:
+    pairs = f"{comparison.pairs} matched pairs, {comparison.matched_share:.0%} of the smaller group"
+    if comparison.primary == "none":
+        return (
+            f"Too few rows are equally long ({pairs}): run the same rows with --target_tokens=N "
+            "and give that run as --equal_length_run."
+        )
+    basis = f"By {pairs}."
     if comparison.primary == "equal_length":
         rows = "{} and {} rows".format(*comparison.equal_length_rows)
-        return f"By the first {comparison.equal_length} target tokens of responses ({rows})."
-    pairs = f"{comparison.pairs} matched pairs, {comparison.matched_share:.0%} of the smaller group"
-    if comparison.primary == "matched":
-        return f"By {pairs}."
-    return (
-        f"Too few rows are equally long ({pairs}): run the same rows with --target_tokens=N and "
-        "give that run as --equal_length_run."
-    )
+        basis = f"By the first {comparison.equal_length} target tokens of responses ({rows})."
+    apart = comparison.table["prompts_apart"].abs().max()
+    if apart > PROMPTS_APART:
+        basis += f" Prompts are too unlike in length: {apart:.1f} standard deviations apart."
+    return basis
 
 
 def _equal_length_effects(

@@ -22,6 +22,9 @@ DEGREE = 3  # of the polynomial in log length
 LEVEL = 0.01  # of a verdict
 NEGLIGIBLE = 0.5  # "no" excludes effects of more standard deviations, of what length leaves
 FEWEST_PAIRS = 12
+# Standard deviations by which log prompt tokens may differ for a regression to take it off
+# (Rubin 2001, Health Serv Outcomes Res Methodol 2:169).
+PROMPTS_APART = 0.5
 Verdict = Literal["yes", "no", "undecided"]
 RULE = f"""A statistic separates the groups beyond length ("yes") if its {1 - LEVEL:.0%} interval
 at equal length excludes zero, in either direction; it does not ("no") if that interval lies within
@@ -30,7 +33,8 @@ at equal length excludes zero, in either direction; it does not ("no") if that i
 The interval is that of matched pairs: one row of either group, one-to-one, the closest first, at
 most {CALIPER} standard deviations apart in log target tokens. The pairs' log ratios are corrected
 for the length differences within pairs by cubics in log target and in log prompt tokens.
-Fewer than {FEWEST_PAIRS} pairs decide nothing.
+Fewer than {FEWEST_PAIRS} pairs decide nothing, nor do rows whose log prompt tokens differ between
+the groups by more than {PROMPTS_APART} standard deviations: no regression makes up for that.
 
 Where fewer than half of the smaller group's rows can be matched and there is a run whose responses
 were cut to their first N target tokens, that run decides: it has no difference in response length,
@@ -64,6 +68,7 @@ class Effect:
     gap_error: float  # its standard error, the typical row's included (delta method)
     freedom: float  # degrees of freedom of their Student's t
     spread: float  # standard deviation of a row's log statistic at a given length
+    prompts_apart: float  # standard deviations between the groups' log prompt tokens
 
     def interval(self, level: float) -> tuple[float, float]:
         """The interval of `gap` that leaves out the truth with probability `level`."""
@@ -73,6 +78,8 @@ class Effect:
     @property
     def verdict(self) -> Verdict:
         """Whether there is an effect, at `LEVEL`; "no" if none of any size that matters."""
+        if abs(self.prompts_apart) > PROMPTS_APART:
+            return "undecided"
         half = self.error * self._quantile(LEVEL)
         low, high = self.log_ratio - half, self.log_ratio + half
         if low > 0 or high < 0:
@@ -133,7 +140,8 @@ def matched_effect(
     apart = columns[: len(i)] - columns[len(i) :]
     ours, theirs = np.log(high[i]), np.log(low[j])
     share = np.full(len(i), 1 / len(i))
-    return _effect(ours - theirs, np.ones(len(i)), apart, np.sqrt(2), theirs, share)
+    found = _effect(ours - theirs, np.ones(len(i)), apart, np.sqrt(2), theirs, share)
+    return _with_prompts(found, logs_high[i, 1], logs_low[j, 1])
 
 
 def unmatched_effect(
@@ -151,7 +159,24 @@ def unmatched_effect(
     others = np.column_stack([np.ones(len(prompts)), prompts])
     values = np.log(np.concatenate([high[highs], low[lows]]))
     group = np.repeat([0.5, -0.5], counts)
-    return _effect(values, group, others, 1.0, values, np.repeat([0, 1 / counts[1]], counts))
+    share = np.repeat([0, 1 / counts[1]], counts)
+    found = _effect(values, group, others, 1.0, values, share)
+    return _with_prompts(found, logs_high[highs, 1], logs_low[lows, 1])
+
+
+def _with_prompts(
+    effect: Effect | None, high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]
+) -> Effect | None:
+    return effect and dataclasses.replace(effect, prompts_apart=standard_difference(high, low))
+
+
+def standard_difference(high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]) -> float:
+    """Difference of means in standard deviations within groups."""
+    apart = float(high.mean() - low.mean())
+    spread = float(np.sqrt((high.var() + low.var()) / 2))
+    if spread < 1e-12:
+        return 0.0 if abs(apart) < 1e-12 else float(np.copysign(np.inf, apart))
+    return apart / spread
 
 
 def _columns(logs: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n k"]:
@@ -199,6 +224,7 @@ def _effect(
         gap_error=float(np.linalg.norm(gap_moves)),
         freedom=float(fit.df_resid),
         spread=float(np.sqrt(fit.ssr / fit.df_resid)) / terms,
+        prompts_apart=0.0,
     )
 
 
