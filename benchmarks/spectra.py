@@ -15,15 +15,14 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from benchmarks.memory import PeakMemory, anonymous_memory
 from gradjax.program import start
 
 WAYS = ("floor", "factored", "dense", "torch svdvals", "torch")
@@ -168,31 +167,6 @@ def make(shape: Shape, way: str, length: int) -> Callable[[], Any]:
     if way.startswith("torch"):
         return torch_way(shape, length, whole_svd=way == "torch")
     return floor_way(shape, length) if way == "floor" else gradjax_way(shape, length, way)
-
-
-class PeakMemory:
-    """Samples this process's anonymous memory; `bytes` is the largest seen."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.bytes = anonymous_memory()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.005):
-            self.bytes = max(self.bytes, anonymous_memory())
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process's memory that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(x for x in status.splitlines() if x.startswith("RssAnon")).split()[1])
 
 
 def measure(shape: Shape, way: str, length: int, repeats: int) -> dict[str, float]:

@@ -237,12 +237,6 @@ def test_models_share_relative_depth():
     assert list(legend_handles(figure)) == ["seven", "thirteen", "one", "slow", "fast"]
 
 
-def test_runs_of_one_model_are_told_apart_by_their_directories():
-    runs = [made_up_run(directory=f"runs/{seed}") for seed in (2, 3)]
-    figure = figures.models(runs, "slow", "fast", "effective_rank")
-    assert list(legend_handles(figure))[:2] == ["runs/2", "runs/3"]
-
-
 @pytest.fixture
 def stored(tmp_path) -> tuple[RunValues, dict[str, list[Spectrum]]]:
     """A run in a real store, with singular values of many lengths, and what was stored."""

@@ -6,54 +6,30 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import gmean, norm
+from scipy.stats import gmean
 
-from gradjax.report.length import CALIPER, Lengths, match, matched_effect, unmatched_effect
-
-DATA_SETS, ROWS = 300, 200
-AUROCS = (0.6, 0.75, 0.9, 0.95)
-NOISES = (0.6, 0.2, 0.05)
-RELATIONS = {"power law": lambda t: t**0.7, "saturating": lambda t: t / (t + 150)}
-
-
-def draw_lengths(rng, auroc: float) -> Lengths:
-    """Lognormal lengths of high and of low, whose AUROC is the one given."""
-    shift = np.sqrt(2) * norm.ppf(auroc) / 2
-    logs = 5 + 0.7 * rng.standard_normal((2, ROWS)) + 0.7 * np.array([[shift], [-shift]])
-    target = np.maximum(np.exp(logs), 1).astype(int)
-    prompt = rng.integers(5, 150, (2, ROWS))
-    return Lengths(target[0], prompt[0]), Lengths(target[1], prompt[1])
-
-
-def verdicts(auroc: float, noise: float, relation: str, effect: float) -> list[str]:
-    """Of many data sets: `effect` is in standard deviations of the noise."""
-    rng = np.random.default_rng(int(1000 * auroc + 100 * noise))
-    found = []
-    for _ in range(DATA_SETS):
-        lengths = draw_lengths(rng, auroc)
-        high, low = (
-            RELATIONS[relation](side.target) * np.exp(noise * rng.standard_normal(ROWS))
-            for side in lengths
-        )
-        high = high * np.exp(effect * noise)
-        logs = lengths[0].logs, lengths[1].logs
-        made = matched_effect(high, low, *logs, match(*lengths))
-        found.append(made.verdict if made else "undecided")
-    return found
+from benchmarks.length import (
+    AUROCS,
+    DATA_SETS,
+    NOISES,
+    RELATIONS,
+    ROWS,
+    draw_lengths,
+    share_of_yes,
+)
+from gradjax.report.length import CALIPER, FEWEST_PAIRS, Lengths, match, matched_effect
 
 
 @pytest.mark.parametrize(("auroc", "noise"), list(itertools.product(AUROCS, NOISES)))
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_length_alone_is_seldom_taken_for_more(auroc, noise, relation):
-    found = verdicts(auroc, noise, relation, effect=0)
-    assert found.count("yes") <= 0.05 * DATA_SETS
+    assert share_of_yes(auroc, noise, relation, effect=0) <= 0.05
 
 
 @pytest.mark.parametrize(("auroc", "noise"), list(itertools.product(AUROCS[:2], NOISES)))
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_an_effect_beyond_length_is_found(auroc, noise, relation):
-    found = verdicts(auroc, noise, relation, effect=0.5)
-    assert found.count("yes") >= 0.8 * DATA_SETS
+    assert share_of_yes(auroc, noise, relation, effect=0.5) >= 0.8
 
 
 def test_groups_without_common_lengths_are_undecided():
@@ -109,19 +85,16 @@ def test_a_known_effect_is_recovered_whatever_length_and_prompt_do():
     assert found.verdict == "yes"
 
 
-@pytest.mark.parametrize("matched", [True, False])
+@pytest.mark.parametrize("on", ["target", "prompt"])
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1, 1.3])
-def test_intervals_cover_the_truth(ratio, matched):
+def test_intervals_cover_the_truth(ratio, on):
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(DATA_SETS):
         sides = [Lengths(np.full(ROWS, 31), rng.integers(5, 150, ROWS)) for _ in range(2)]
         high, low = np.exp(0.6 * rng.standard_normal((2, ROWS)))  # of geometric mean 1
         logs = [side.logs for side in sides]
-        if matched:
-            found = matched_effect(ratio * high, low, *logs, match(*sides))
-        else:
-            found = unmatched_effect(ratio * high, low, *logs)
+        found = matched_effect(ratio * high, low, *logs, match(*sides, on=on))
         assert found is not None
         ends = found.interval(0.05)
         inside += ends[0] < ratio - 1 < ends[1]
@@ -150,23 +123,20 @@ def test_a_few_pairs_of_other_lengths_do_not_hide_an_effect():
     assert found.verdict == "yes"
 
 
-@pytest.mark.parametrize("matched", [True, False])
-def test_prompt_length_alone_is_seldom_taken_for_more(matched):
+@pytest.mark.parametrize("on", ["target", "prompt"])
+@pytest.mark.parametrize("apart", [0.2, 1.0])
+def test_prompt_length_alone_is_seldom_taken_for_more(apart, on):
     rng = np.random.default_rng(0)
     yes = 0
     for _ in range(DATA_SETS):
-        prompt = np.exp(4 + np.array([[0.2], [0]]) + 0.5 * rng.standard_normal((2, ROWS))).astype(
-            int
-        )
-        target = rng.integers(10, 60, (2, ROWS)) if matched else np.full((2, ROWS), 31)
+        logs = 4 + 0.5 * rng.standard_normal((2, ROWS)) + np.array([[0.5 * apart], [0]])
+        prompt = np.exp(logs).astype(int)
+        target = rng.integers(10, 60, (2, ROWS)) if on == "target" else np.full((2, ROWS), 31)
         sides = [Lengths(*side) for side in zip(target, prompt, strict=True)]
         noise = np.exp(0.05 * rng.standard_normal((2, ROWS)))
         high, low = np.minimum(target + prompt, 64) ** 0.9 * noise
         logs = [side.logs for side in sides]
-        if matched:
-            found = matched_effect(high, low, *logs, match(*sides))
-        else:
-            found = unmatched_effect(high, low, *logs)
+        found = matched_effect(high, low, *logs, match(*sides, on=on))
         yes += found is not None and found.verdict == "yes"
     assert yes <= 0.05 * DATA_SETS
 
@@ -175,21 +145,32 @@ def test_prompts_far_apart_leave_it_undecided():
     rng = np.random.default_rng(0)
     sides = [Lengths(np.full(ROWS, 31), rng.integers(20, 40, ROWS) + more) for more in (0, 20)]
     values = np.exp(0.1 * rng.standard_normal((2, ROWS))) * [[3], [1]]
-    for found in (
-        matched_effect(*values, *(side.logs for side in sides), match(*sides)),
-        unmatched_effect(*values, *(side.logs for side in sides)),
-    ):
-        assert found is not None
-        assert found.prompts_apart < -1
-        assert found.verdict == "undecided"
+    logs = [side.logs for side in sides]
+    found = matched_effect(*values, *logs, match(*sides))
+    assert found is not None
+    assert found.prompts_apart < -1
+    assert found.verdict == "undecided"
+    assert matched_effect(*values, *logs, match(*sides, on="prompt")) is None  # too few
+
+
+def test_an_effect_is_found_among_prompts_of_like_length():
+    rng = np.random.default_rng(0)
+    sides = [Lengths(np.full(ROWS, 31), rng.integers(20, 60, ROWS) + more) for more in (0, 20)]
+    pairs = match(*sides, on="prompt")
+    assert FEWEST_PAIRS < len(pairs) < 0.8 * ROWS
+    values = np.exp(0.1 * rng.standard_normal((2, ROWS))) * [[1.1], [1]]
+    found = matched_effect(*values, *(side.logs for side in sides), pairs)
+    assert found is not None
+    assert abs(found.prompts_apart) < 0.2
+    assert found.verdict == "yes"
 
 
 def test_prompts_that_tell_the_groups_apart_leave_it_undecided():
     sides = [Lengths(np.full(30, 7), np.full(30, prompt)) for prompt in (5, 9)]
     values = np.exp(np.random.default_rng(0).standard_normal((2, 30)))
     logs = [side.logs for side in sides]
-    assert matched_effect(*values, *logs, match(*sides)) is None
-    assert unmatched_effect(*values, *logs) is None
+    for on in ("target", "prompt"):
+        assert matched_effect(*values, *logs, match(*sides, on=on)) is None
 
 
 def test_a_statistic_that_never_varies_is_no_effect():

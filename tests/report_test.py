@@ -304,6 +304,19 @@ def test_several_runs_stand_side_by_side(directory, tmp_path):
     assert (written.directory / "figures" / "models_long_short_effective_rank.svg").exists()
 
 
+def test_runs_of_one_model_are_told_apart_by_their_directories(directory, tmp_path):
+    groups = {"long": draw(4, 31, 80), "short": draw(5, 29)}
+    others = [write_run(tmp_path / name / "other", groups) for name in ("x", "y")]
+    config = ReportConfig(
+        (str(directory), *map(str, others)), ("long:short",), output_dir=str(tmp_path / "all")
+    )
+    table = pd.read_csv(write_report(config).directory / "comparisons.csv")
+    expected = [f"made-up ({directory.name})", "made-up (other) 2", "made-up (other) 3"]
+    assert table["model"].drop_duplicates().tolist() == expected
+    with pytest.raises(GradjaxError, match="is given twice"):
+        ReportConfig((str(directory), str(directory)))
+
+
 def run_with(tmp_path: Path, groups: dict[str, Group], **rest) -> str:
     return str(write_run(tmp_path / "run", groups, **rest))
 

@@ -22,9 +22,8 @@ from gradjax.report.length import (
     Lengths,
     match,
     matched_effect,
-    unmatched_effect,
 )
-from gradjax.report.values import ALL, RunValues, example_values
+from gradjax.report.values import ALL, KEY, RunValues, example_values
 
 COLUMNS = [
     *("comparison", "statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap"),
@@ -41,6 +40,8 @@ INTERVAL = 0.05  # of what is shown: 95 % intervals
 ENOUGH = 0.5  # share of rows matched from which matched pairs are the primary view
 _RESAMPLES = 2_000
 View = Literal["matched", "equal_length", "none"]
+Sides = tuple[pd.DataFrame, pd.DataFrame]  # the rows of high and of low
+Effects = dict[Any, Effect | None]  # by statistic and projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Comparison:
     matched_share: float
     balance: pd.DataFrame
     equal_length: int | None  # target tokens of the equal-length run, where there is one
-    equal_length_rows: tuple[int, int]  # its rows that are used: of high, of low
+    equal_length_pairs: int  # its rows paired on prompt tokens
     primary: View  # what decides
 
     @property
@@ -83,26 +84,21 @@ def compare(
     Raises:
       GradjaxError: if a group is missing or has no `ok` row.
     """
-    sides = {group: run.rows(group) for group in (high, low)}
+    sides = run.rows(high), run.rows(low)
     values = example_values(run)
-    lengths = {group: _lengths(rows) for group, rows in sides.items()}
-    pairs = match(lengths[high], lengths[low])
-    share = len(pairs) / min(len(rows) for rows in sides.values())
+    pairs, matched = _matched_effects(values, sides, "target")
+    share = len(pairs) / min(map(len, sides))
     equal_length = run if run.target_tokens else equal_length
-    equal = _equal_length_effects(run, high, low, equal_length) if equal_length else {}
+    equal_pairs, equal = _equal_length_effects(run, high, low, equal_length)
     primary: View = "matched" if len(pairs) >= FEWEST_PAIRS else "none"
-    if equal and (share < ENOUGH or equal_length is run):
+    if equal_length and (share < ENOUGH or equal_length is run):
         primary = "equal_length"
+    lengths = [_lengths(rows) for rows in sides]
     rows = []
     for statistic, projection in values.columns:
-        column = values[statistic, projection]
-        ours, theirs = (
-            column.reindex(_keys(rows_of)).to_numpy(float) for rows_of in (sides[high], sides[low])
-        )
-        logs = lengths[high].logs, lengths[low].logs
-        matched = matched_effect(ours, theirs, *logs, pairs)
+        ours, theirs = _both(values[statistic, projection], sides)
         alone = equal.get((statistic, projection))
-        deciding = alone if primary == "equal_length" else matched
+        deciding = alone if primary == "equal_length" else matched[statistic, projection]
         rows.append(
             {
                 "comparison": f"{high}:{low}",
@@ -110,28 +106,25 @@ def compare(
                 "projection": projection,
                 **difference(ours, theirs),
                 "matched_pairs": len(pairs),
-                **_shown("matched", matched),
+                **_shown("matched", matched[statistic, projection]),
                 **_shown("equal_length", alone),
-                "rank_effect": _rank_effect(ours, theirs, *logs),
+                "rank_effect": _rank_effect(ours, theirs, lengths[0].logs, lengths[1].logs),
                 "prompts_apart": deciding.prompts_apart if deciding else np.nan,
                 "beyond_length": deciding.verdict if deciding else "undecided",
             }
         )
-    targets = (sides[high]["num_target_tokens"], sides[low]["num_target_tokens"])
     return Comparison(
         model=run.name,
         high=high,
         low=low,
         table=pd.DataFrame(rows, columns=_TABLE),
-        length_auroc=auroc(*(side.to_numpy(float) for side in targets)),
-        loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in sides.values())),
+        length_auroc=auroc(*(side["num_target_tokens"].to_numpy(float) for side in sides)),
+        loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in sides)),
         pairs=len(pairs),
         matched_share=share,
-        balance=_balance(lengths[high], lengths[low], pairs),
+        balance=_balance(lengths[0], lengths[1], pairs),
         equal_length=equal_length.target_tokens if equal_length else None,
-        equal_length_rows=(
-            (len(equal_length.rows(high)), len(equal_length.rows(low))) if equal_length else (0, 0)
-        ),
+        equal_length_pairs=len(equal_pairs),
         primary=primary,
     )
 
@@ -227,17 +220,35 @@ def _basis(comparison: Comparison) -> str:
         )
     basis = f"By {pairs}."
     if comparison.primary == "equal_length":
-        rows = "{} and {} rows".format(*comparison.equal_length_rows)
-        basis = f"By the first {comparison.equal_length} target tokens of responses ({rows})."
+        basis = (
+            f"By the first {comparison.equal_length} target tokens of responses, "
+            f"{comparison.equal_length_pairs} pairs matched on prompt length."
+        )
+        if comparison.equal_length_pairs < FEWEST_PAIRS:
+            return f"{basis} Fewer than {FEWEST_PAIRS} decide nothing."
     apart = comparison.table["prompts_apart"].abs().max()
     if apart > PROMPTS_APART:
         basis += f" Prompts are too unlike in length: {apart:.1f} standard deviations apart."
     return basis
 
 
+def _matched_effects(
+    values: pd.DataFrame, sides: Sides, on: Literal["target", "prompt"]
+) -> tuple[np.ndarray, Effects]:
+    """Pairs of the sides' rows, and the effects among them."""
+    high, low = (_lengths(rows) for rows in sides)
+    pairs = match(high, low, on)
+    return pairs, {
+        name: matched_effect(*_both(values[name], sides), high.logs, low.logs, pairs)
+        for name in values.columns
+    }
+
+
 def _equal_length_effects(
-    run: RunValues, high: str, low: str, equal_length: RunValues
-) -> dict[tuple[str, str], Effect | None]:
+    run: RunValues, high: str, low: str, equal_length: RunValues | None
+) -> tuple[np.ndarray, Effects]:
+    if equal_length is None:
+        return np.zeros((0, 2), int), {}
     if equal_length.target_tokens is None:
         raise GradjaxError(
             f"--equal_length_run={equal_length.directory}: it was not run with --target_tokens=N"
@@ -247,16 +258,8 @@ def _equal_length_effects(
             f"--equal_length_run={equal_length.directory} differs from {run.directory} in "
             f"{', '.join(unlike)}; give a run of the same command with --target_tokens=N"
         )
-    values = example_values(equal_length)
-    sides = [equal_length.rows(group) for group in (high, low)]
-    logs = [_lengths(rows).logs for rows in sides]
-    keys = [_keys(rows) for rows in sides]
-    effects = {}
-    for statistic, projection in values.columns:
-        column = values[statistic, projection]
-        ours, theirs = (column.reindex(key).to_numpy(float) for key in keys)
-        effects[statistic, projection] = unmatched_effect(ours, theirs, *logs)
-    return effects
+    sides = equal_length.rows(high), equal_length.rows(low)
+    return _matched_effects(example_values(equal_length), sides, "prompt")
 
 
 def _unlike(run: RunValues, other: RunValues, groups: tuple[str, str]) -> list[str]:
@@ -278,8 +281,12 @@ def _lengths(rows: pd.DataFrame) -> Lengths:
     return Lengths(target, rows["num_tokens"].to_numpy() - target)
 
 
-def _keys(rows: pd.DataFrame) -> pd.MultiIndex:
-    return pd.MultiIndex.from_frame(rows[["group", "example_id"]])
+def _both(column: pd.Series, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
+    """The sides' numbers of one statistic and projection."""
+    high, low = (
+        column.reindex(pd.MultiIndex.from_frame(rows[KEY])).to_numpy(float) for rows in sides
+    )
+    return high, low
 
 
 def _shown(view: str, effect: Effect | None) -> dict[str, float]:

@@ -5,7 +5,6 @@ smaller than 8 points. Figures are matplotlib's own objects, without pyplot and 
 """
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +167,6 @@ def models(runs: Sequence[RunValues], high: str, low: str, statistic: str) -> Fi
     figure, panels = _panels(1, len(projections), 2.9, sharey=shared)
     if shared:
         panels[0, 0].set_yscale("log")
-    names = Counter(run.name for run in runs)
     sides = (("-", high), ("--", low))
     legend: list[tuple[dict[str, Any], str]] = []
     for number, run in enumerate(runs):
@@ -179,8 +177,7 @@ def models(runs: Sequence[RunValues], high: str, low: str, statistic: str) -> Fi
             for axes, projection in zip(panels[0], projections, strict=True):
                 means = _by_layer(run, group, projection, statistic).mean()
                 _draw(axes, means.index / last, means, style | {"linestyle": line})
-        name = run.name if names[run.name] == 1 else str(run.directory)
-        legend.append((style | {"linestyle": ""}, _literal(name)))
+        legend.append((style | {"linestyle": ""}, _literal(run.name)))
     _label(panels, projections, "relative depth", _UNITS[statistic])
     for line, group in sides:
         legend.append(({"color": "black", "linestyle": line}, _literal(group)))

@@ -33,12 +33,13 @@ at equal length excludes zero, in either direction; it does not ("no") if that i
 The interval is that of matched pairs: one row of either group, one-to-one, the closest first, at
 most {CALIPER} standard deviations apart in log target tokens. The pairs' log ratios are corrected
 for the length differences within pairs by cubics in log target and in log prompt tokens.
-Fewer than {FEWEST_PAIRS} pairs decide nothing, nor do rows whose log prompt tokens differ between
+Fewer than {FEWEST_PAIRS} pairs decide nothing, nor do pairs whose log prompt tokens differ between
 the groups by more than {PROMPTS_APART} standard deviations: no regression makes up for that.
 
 Where fewer than half of the smaller group's rows can be matched and there is a run whose responses
-were cut to their first N target tokens, that run decides: it has no difference in response length,
-and asks a slightly different question, since only the first N tokens of each response count.
+were cut to their first N target tokens, that run decides, its rows paired by log prompt tokens
+instead: it has no difference in response length, and asks a slightly different question, since only
+the first N tokens of each response count.
 
 Length and loss alone and the rank regression are shown for description and decide nothing.
 Effective rank over its bound min(T, m, n), which itself depends on length, has a row of its own and
@@ -91,23 +92,26 @@ class Effect:
         return float(stats.t.ppf(1 - level / 2, self.freedom))
 
 
-def match(high: Lengths, low: Lengths) -> Int[np.ndarray, "pairs 2"]:
-    """One-to-one pairs (row of high, row of low) within `CALIPER` in log target tokens.
+def match(
+    high: Lengths, low: Lengths, on: Literal["target", "prompt"] = "target"
+) -> Int[np.ndarray, "pairs 2"]:
+    """One-to-one pairs (row of high, row of low) within `CALIPER` in the logarithm of `on` tokens.
 
-    The closest pair is taken first, of equally close ones that of the closest prompts.
+    The closest pair is taken first, of equally close ones the one closest in the other tokens.
     """
-    highs, lows = high.logs, low.logs
+    order = [0, 1] if on == "target" else [1, 0]
+    highs, lows = high.logs[:, order], low.logs[:, order]
     if min(len(highs), len(lows)) < 2:
         return np.zeros((0, 2), np.int64)
     spread = np.sqrt((highs[:, 0].var(ddof=1) + lows[:, 0].var(ddof=1)) / 2)
     caliper = CALIPER * spread
-    order = np.argsort(lows[:, 0], kind="stable")
-    lengths = lows[order, 0]
+    by_length = np.argsort(lows[:, 0], kind="stable")
+    lengths = lows[by_length, 0]
     first = np.searchsorted(lengths, highs[:, 0] - caliper, "left")
     counts = np.searchsorted(lengths, highs[:, 0] + caliper, "right") - first
     left = np.repeat(np.arange(len(highs)), counts)
     offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    right = order[np.repeat(first, counts) + offsets]
+    right = by_length[np.repeat(first, counts) + offsets]
     apart = np.abs(highs[left] - lows[right])
     free_high, free_low = [True] * len(highs), [True] * len(lows)
     pairs = []
@@ -134,40 +138,33 @@ def matched_effect(
     i, j = pairs.T
     usable = (high[i] > 0) & (low[j] > 0)
     i, j = i[usable], j[usable]
-    if len(i) < FEWEST_PAIRS:
+    n = len(i)
+    if n < FEWEST_PAIRS:
         return None
-    columns = _columns(np.concatenate([logs_high[i], logs_low[j]]))
-    apart = columns[: len(i)] - columns[len(i) :]
+    columns = np.column_stack([_powers(x) for x in np.concatenate([logs_high[i], logs_low[j]]).T])
+    inputs = np.column_stack([np.ones(n), _independent(columns[:n] - columns[n:])])
+    if np.linalg.matrix_rank(inputs) < inputs.shape[1] or n <= inputs.shape[1]:
+        return None  # lengths alone tell the groups apart
     ours, theirs = np.log(high[i]), np.log(low[j])
-    share = np.full(len(i), 1 / len(i))
-    found = _effect(ours - theirs, np.ones(len(i)), apart, np.sqrt(2), theirs, share)
-    return _with_prompts(found, logs_high[i, 1], logs_low[j, 1])
-
-
-def unmatched_effect(
-    high: Float[np.ndarray, " n"],
-    low: Float[np.ndarray, " m"],
-    logs_high: Float[np.ndarray, "n 2"],
-    logs_low: Float[np.ndarray, "m 2"],
-) -> Effect | None:
-    """The mean log ratio of rows of one length, corrected for that of their prompts' lengths."""
-    highs, lows = high > 0, low > 0
-    if min(highs.sum(), lows.sum()) < FEWEST_PAIRS:
-        return None
-    counts = [highs.sum(), lows.sum()]
-    prompts = _powers(np.concatenate([logs_high[highs, 1], logs_low[lows, 1]]))
-    others = np.column_stack([np.ones(len(prompts)), prompts])
-    values = np.log(np.concatenate([high[highs], low[lows]]))
-    group = np.repeat([0.5, -0.5], counts)
-    share = np.repeat([0, 1 / counts[1]], counts)
-    found = _effect(values, group, others, 1.0, values, share)
-    return _with_prompts(found, logs_high[highs, 1], logs_low[lows, 1])
-
-
-def _with_prompts(
-    effect: Effect | None, high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]
-) -> Effect | None:
-    return effect and dataclasses.replace(effect, prompts_apart=standard_difference(high, low))
+    fit = sm.OLS(ours - theirs, inputs).fit()
+    leverage = fit.get_influence().hat_matrix_diag
+    shared = leverage < 1 - 1e-8
+    if not shared.all():  # a pair that alone decides a coefficient says nothing of the groups
+        rest = np.column_stack([i, j])[shared]
+        return matched_effect(high, low, logs_high, logs_low, rest)
+    ratio, typical = float(fit.params[0]), float(np.exp(theirs.mean()))
+    # What each pair moves the estimates by: their squares add up to the variances (HC3).
+    moves = fit.model.pinv_wexog[0] * fit.resid / (1 - leverage)
+    gap_moves = np.exp(ratio) * moves + np.expm1(ratio) * (theirs - theirs.mean()) / n
+    return Effect(
+        log_ratio=ratio,
+        error=float(np.linalg.norm(moves)),
+        gap=typical * float(np.expm1(ratio)),
+        gap_error=typical * float(np.linalg.norm(gap_moves)),
+        freedom=float(fit.df_resid),
+        spread=float(np.sqrt(fit.ssr / fit.df_resid / 2)),  # a pair has the variance of two rows
+        prompts_apart=standard_difference(logs_high[i, 1], logs_low[j, 1]),
+    )
 
 
 def standard_difference(high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]) -> float:
@@ -179,53 +176,11 @@ def standard_difference(high: Float[np.ndarray, " n"], low: Float[np.ndarray, " 
     return apart / spread
 
 
-def _columns(logs: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n k"]:
-    return np.column_stack([_powers(logs[:, 0]), _powers(logs[:, 1])])
-
-
 def _powers(logs: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n k"]:
     """Powers 1 to `DEGREE` of standardised logarithms."""
     spread = logs.std()
     standard = (logs - logs.mean()) / (spread if spread > 0 else 1)
     return standard[:, None] ** np.arange(1, DEGREE + 1)
-
-
-def _effect(
-    values: Float[np.ndarray, " n"],
-    group: Float[np.ndarray, " n"],
-    others: Float[np.ndarray, "n k"],
-    terms: float,
-    low: Float[np.ndarray, " n"],
-    share: Float[np.ndarray, " n"],
-) -> Effect | None:
-    """The coefficient of `group`; a value is a difference of `terms`² rows' logarithms.
-
-    `low` are low's logarithms where `share`, their weight in low's mean, is not zero. None where
-    the other columns leave nothing of the coefficient.
-    """
-    inputs = np.column_stack([group, _independent(others)])
-    if np.linalg.matrix_rank(inputs) < inputs.shape[1] or len(values) <= inputs.shape[1]:
-        return None
-    fit = sm.OLS(values, inputs).fit()
-    leverage = fit.get_influence().hat_matrix_diag
-    shared = leverage < 1 - 1e-8
-    if not shared.all():  # a row that alone decides a coefficient says nothing of the group
-        rows = (values[shared], group[shared], others[shared])
-        return _effect(*rows, terms, low[shared], share[shared] / share[shared].sum())
-    ratio, level = float(fit.params[0]), float(np.exp(share @ low))
-    # What each row moves the estimates by: their squares add up to the variances (HC3).
-    moves = fit.model.pinv_wexog[0] * fit.resid / (1 - leverage)
-    level_moves = share * (low - share @ low)
-    gap_moves = level * (np.exp(ratio) * moves + np.expm1(ratio) * level_moves)
-    return Effect(
-        log_ratio=ratio,
-        error=float(np.linalg.norm(moves)),
-        gap=level * float(np.expm1(ratio)),
-        gap_error=float(np.linalg.norm(gap_moves)),
-        freedom=float(fit.df_resid),
-        spread=float(np.sqrt(fit.ssr / fit.df_resid)) / terms,
-        prompts_apart=0.0,
-    )
 
 
 def _independent(columns: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n r"]:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -47,6 +47,8 @@ class ReportConfig:
                 f"--published={self.published}: expected one --compare=HIGH:LOW, the groups that "
                 "the paper compares, and --by=projection"
             )
+        if repeated := [run for run in self.runs if self.runs.count(run) > 1]:
+            raise GradjaxError(f"--run={repeated[0]} is given twice; expected different runs")
         for pair in self.compare:
             high, _, low = pair.partition(":")
             if not high or not low or high == low:
@@ -112,14 +114,16 @@ def chosen_pairs(run: RunValues, given: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _named_apart(runs: list[RunValues]) -> list[RunValues]:
-    """The runs, those of one model called by their directories as well."""
-    names = [run.name for run in runs]
-    return [
-        dataclasses.replace(run, name=f"{run.name} in {run.directory}")
-        if names.count(run.name) > 1
-        else run
-        for run in runs
-    ]
+    """The runs, those of one model called by their directories as well, or else numbered."""
+    directories = [PurePosixPath(str(run.directory)).name for run in runs]
+    names = _apart([run.name for run in runs], [f" ({directory})" for directory in directories])
+    names = _apart(names, [f" {number}" for number in range(1, len(runs) + 1)])
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _apart(names: list[str], additions: list[str]) -> list[str]:
+    pairs = zip(names, additions, strict=True)
+    return [name + more if names.count(name) > 1 else name for name, more in pairs]
 
 
 def _model(run: RunValues) -> str:
@@ -193,8 +197,7 @@ def _control(comparison: Comparison) -> dict[str, object]:
         "matched_pairs": comparison.pairs,
         "matched_share": comparison.matched_share,
         "equal_length": comparison.equal_length,
-        "equal_length_n_high": comparison.equal_length_rows[0],
-        "equal_length_n_low": comparison.equal_length_rows[1],
+        "equal_length_pairs": comparison.equal_length_pairs,
         "decided_by": comparison.primary,
     }
 
