@@ -116,6 +116,29 @@ def compiled_collectives() -> dict:
     return found
 
 
+def wrong_values(times: str) -> int:
+    """How often a mesh's values, taken by threads that give way at every turn, are not its own."""
+    sys.setswitchinterval(1e-6)
+    mesh, rng = mesh_of([8, 1, 1]), np.random.default_rng(0)
+    shape, lengths = (8, 3, 2), np.full(8, 3, np.int32)
+    names = ("x_qkv", "x_o", *PROJECTIONS)
+    values = {name: rng.standard_normal(shape, np.float32) for name in names}
+    pairs = [(values["x_o" if p == "o" else "x_qkv"], values[p]) for p in PROJECTIONS]
+    gradients = [np.swapaxes(delta, 1, 2).astype(float) @ x for x, delta in pairs]
+    expected = [np.linalg.svd(g, compute_uv=False) for g in gradients]
+    sharding = NamedSharding(mesh, EXAMPLES)
+    place = jax.jit(lambda tree: tree, out_shardings=sharding)
+    wrong = 0
+    with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
+        for _ in range(int(times)):
+            found = decompose(Factors(**place(values)), lengths)()
+            wrong += not all(
+                np.allclose(np.array(found[p])[:, :2], e, rtol=1e-4)
+                for p, e in zip(PROJECTIONS, expected, strict=True)
+            )
+    return wrong
+
+
 def restored_and_loaded(source: str, converted: str, splits: str) -> list:
     """Whether a converted checkpoint is its source's weights, and how q is split, per mesh."""
     found = []

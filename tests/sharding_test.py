@@ -54,6 +54,10 @@ def test_every_split_of_eight_gives_the_numbers_of_one_device(family, tmp_path):
             assert error < 1e-5, (split, what)
 
 
+def test_threads_that_fetch_at_once_get_the_rows_own_values():
+    assert run_on_eight_devices("wrong_values", "200") == 0
+
+
 def test_each_device_decomposes_and_measures_only_its_own_examples():
     programs = run_on_eight_devices("compiled_collectives")
     assert programs.pop("control")["collectives"]  # the reading finds one where there is one

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,14 +68,18 @@ def _on_host(
     factors: Factors,
     lengths: np.ndarray,
 ) -> Callable[[], Values]:
-    @cache  # in the pool's threads, since it waits for the device
-    def fetched(projection: Projection) -> tuple[np.ndarray, ...]:
-        return tuple(map(local_examples, factors.of(projection)))
+    # A jax.Array lists its shards when first asked for them, and threads that ask at once can get a
+    # wrong list, with it another row's numbers (jax 0.10.2): they are listed here, and one thread
+    # fetches them, since that waits for the device. The others wait for what came before them.
+    for array in jax.tree.leaves(factors):
+        _ = array.addressable_shards
+    fetched: Future[Any] = pool.submit(jax.tree.map, local_examples, factors)
 
     def work(group: tuple[Projection, ...], row: int) -> list[np.ndarray]:
         length = max(int(lengths[row]), 1)
-        x = fetched(group[0])[0][row, :length]
-        deltas = [fetched(projection)[1][row, :length] for projection in group]
+        host = fetched.result()
+        x = host.of(group[0])[0][row, :length]
+        deltas = [host.of(projection)[1][row, :length] for projection in group]
         if not all(np.isfinite(array).all() for array in (x, *deltas)):
             return [np.full(1, np.nan)] * len(group)
         values: list[np.ndarray] = [x] * len(group)
