@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from gradjax.errors import GradjaxError
 from gradjax.places import as_directory
@@ -147,12 +147,13 @@ class RunConfig:
             )
 
 
-Settings = TypeVar("Settings", TokenSettings, SpectraConfig, RunConfig)
+Settings = TypeVar("Settings")
 
 
 def select(kind: type[Settings], values: Mapping[str, Any], **parts: Any) -> Settings:
     """A settings class filled from values by name; those of other classes are left alone."""
-    own = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values}
+    names = [field.name for field in dataclasses.fields(cast(Any, kind))]
+    own = {name: values[name] for name in names if name in values}
     return kind(**own, **parts)
 
 

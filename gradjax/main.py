@@ -20,7 +20,8 @@ from gradjax.structs import PROJECTIONS
 
 MODEL = "registered name (gemma2_2b), Hub repo (google/gemma-2-2b) or local directory"
 DATA = """[GROUP=]SOURCE, repeatable. SOURCE: a .json, .jsonl or .parquet file, a saved datasets
-directory, a Hub data set (ORG/NAME) or demo. GROUP: the file's stem if not given"""
+directory, a Hub data set (ORG/NAME), a registered one (gradjax.prepare --list) or demo. GROUP:
+the file's stem if not given"""
 OUTPUT_DIR = """the store's directory; a run that stopped there goes on (default: runs/{model},
 runs/demo for the embedded model)"""
 PROMPT_FORMAT = """plain: instruction, newline, output, as in the paper; chat: the tokenizer's
@@ -99,7 +100,11 @@ def main(_: list[str]) -> None:
         print("\n".join([format_table(table), *unused_rows(directory)]))
         if len(table) == 2 and table["rows", "used"].all():
             print_comparison(directory, *table.index)
-        print(f"\nTables, figures and verdicts: python -m gradjax.report --run={directory}")
+        if len(table) > 1:
+            print(f"\nTables, figures and verdicts: python -m gradjax.report --run={directory}")
+        else:
+            ranked = f"--scores={directory} --by=effective_rank --top=10%"
+            print(f"\nIts rows by their gradients: python -m gradjax.select {ranked}")
     print(f"\nThe store is in {directory}")
 
 

@@ -31,7 +31,7 @@ EXAMPLES = PartitionSpec(AXES)
 GROUP = PartitionSpec((DATA, FSDP), None, TENSOR)
 EVERYWHERE = PartitionSpec()
 # Weight axis -> mesh axis. Vectors (norms, biases) are small and stay whole.
-_RULES = {"D": FSDP, "V": TENSOR, "Q": TENSOR, "C": TENSOR, "F": TENSOR}
+_RULES = {"D": FSDP, "V": TENSOR, "Q": TENSOR, "C": TENSOR, "F": TENSOR, "1": TENSOR}
 
 
 def parse_mesh(text: str) -> dict[str, int]:

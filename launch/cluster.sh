@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by launch/tpu_pod.sh, launch/gke_xpk.sh and launch/slurm.sbatch after environment.sh:
-# how they read what they are given, and run or only show (dry_run) what they do. They define
+# Sourced by launch/tpu_pod.sh, gke_xpk.sh, slurm.sbatch and paper.sh after environment.sh: how they
+# read what they are given, and run or only show (dry_run) what they do. They define
 # usage and, where something is packed, the directory stage.
 # shellcheck disable=SC2154 # root is set by environment.sh, stage by them
 

@@ -152,8 +152,8 @@ def test_rows_past_the_limit_are_not_read(tmp_path):
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(GradjaxError, match=r"no file .*gone\.json"):
         read(tmp_path / "gone.json")
-    with pytest.raises(GradjaxError, match="no data source 'wizardlm'"):
-        read("wizardlm")
+    with pytest.raises(GradjaxError, match="no data source 'nonsense'"):
+        read("nonsense")
     with pytest.raises(GradjaxError, match=f"directory {tmp_path} holds no data set"):
         read(tmp_path)
 

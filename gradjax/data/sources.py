@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved data sets, the Hub and the embedded groups.
+"""Where rows come from: files, saved and registered data sets, the Hub and the embedded groups.
 
 Rows are handed on as they stand, whatever they are; `examples.py` judges them one by
 one. What is raised here are faults of a whole source: it is missing, empty or unreadable.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow.parquet
 
+from gradjax.data.datasets import DATASETS, RegisteredDataset, fetch
 from gradjax.demo.problems import DEMO_GROUPS, demo_rows
 from gradjax.errors import GradjaxError
 
@@ -24,7 +25,7 @@ _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FORMATS = (
     "a .json, .jsonl or .parquet file, a directory written by datasets.save_to_disk, "
-    "a Hub data set (ORG/NAME) or demo"
+    f"a registered data set ({', '.join(DATASETS)}), a Hub data set (ORG/NAME) or demo"
 )
 
 
@@ -33,7 +34,7 @@ class Source:
     """Rows under one group name."""
 
     group: str
-    location: str  # path, Hub id, or "demo"
+    location: str  # path, registered name, Hub id, or "demo"
 
 
 def parse_data_flags(specs: Sequence[str]) -> tuple[Source, ...]:
@@ -91,6 +92,24 @@ def read_rows(source: Source, limit: int | None = None) -> list[object]:
     return rows
 
 
+def registered_rows(dataset: RegisteredDataset, place: pathlib.Path) -> Iterator[object]:
+    """Every row of a registered data set, in order, as `gradjax.data.examples` reads it.
+
+    `place` is a copy of its repository, or its rows in a file or a saved data set. Raises
+    GradjaxError when it is none of them or cannot be read.
+    """
+    if os.path.isdir(place) and (files := sorted(place.glob(dataset.files))):
+        rows = itertools.chain.from_iterable(_READERS[file.suffix](file) for file in files)
+    elif os.path.isfile(place) or _is_saved(place):
+        rows = _rows(Source(dataset.name, str(place.absolute())), None)
+    else:
+        raise GradjaxError(
+            f"{place} is no copy of {dataset.name}: expected a directory with {dataset.files}, one "
+            "written by datasets.save_to_disk, or a .json, .jsonl or .parquet file."
+        )
+    return map(dataset.to_row, rows)
+
+
 def row_hash(row: object) -> str:
     """Hex digest of a row: equal for equal JSON, whatever the order of the keys."""
     text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=repr)
@@ -108,6 +127,8 @@ def data_hash(rows: Iterable[object]) -> str:
 def _rows(source: Source, limit: int | None) -> Iterable[object]:
     if source.location == DEMO:
         return demo_rows(source.group)
+    if dataset := DATASETS.get(source.location):
+        return registered_rows(dataset, fetch(dataset))
     # os.path answers False where pathlib raises: names too long, folders that may not be read.
     path = pathlib.Path(os.path.expanduser(source.location))
     if os.path.isdir(path):
@@ -170,7 +191,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[object]:
 
 
 def _read_saved(path: pathlib.Path, limit: int | None) -> Iterable[object]:
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not _is_saved(path):
         raise GradjaxError(
             f"The directory {path} holds no data set: expected one written by "
             "datasets.save_to_disk, or the path of a .json, .jsonl or .parquet file."
@@ -191,6 +212,10 @@ def _read_saved(path: pathlib.Path, limit: int | None) -> Iterable[object]:
             )
         data = data["train"] if "train" in data else next(iter(data.values()))
     return _plain_rows(data, limit)
+
+
+def _is_saved(path: pathlib.Path) -> bool:
+    return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def _read_hub(name: str, limit: int | None) -> Iterable[object]:

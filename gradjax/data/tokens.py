@@ -78,6 +78,18 @@ def tokenize(
     return _cut(example, tokens, targets, settings)
 
 
+def tokenize_conversation(example: Example, tokenizer: PreTrainedTokenizerFast) -> TokenizedExample:
+    """Tokens int32 [T] of the whole conversation as the chat template renders it, never cut.
+
+    No token is a target. A conversation that the template refuses is an `invalid_row`.
+    """
+    try:
+        tokens, _, _ = _encode_rendered(_render(example.messages, tokenizer), tokenizer)
+    except _UnusableError as error:
+        return _unusable(example, "invalid_row", str(error))
+    return TokenizedExample(example, tokens, np.zeros(len(tokens), bool))
+
+
 def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
     """The reference's text, special tokens and start of the response.
 
@@ -97,17 +109,31 @@ def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
 
 def _chat(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
     text, spans = _assistant_spans(example.messages, tokenizer)
-    encoding = _encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = np.asarray(encoding.input_ids, np.int32)
-    starts, ends = np.asarray(encoding.offset_mapping, np.int64).reshape(-1, 2).T
+    tokens, starts, ends = _encode_rendered(text, tokenizer)
     targets = np.zeros(len(tokens), bool)
     for start, end in spans:
         # By overlap: a token that joins the header's newline to the response counts.
         targets |= (ends > start) & (starts < end)
-    first = _encode(tokenizer, "a").input_ids[0]
-    if first == tokenizer.bos_token_id != tokens[0]:  # The template leaves BOS to the tokenizer.
-        tokens, targets = np.insert(tokens, 0, first), np.insert(targets, 0, False)
     return tokens, targets
+
+
+def _encode_rendered(
+    text: str, tokenizer: PreTrainedTokenizerFast
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [T] of a rendered conversation, and where each starts and ends in it.
+
+    Exactly as rendered, but for a BOS that the template leaves to the tokenizer.
+    """
+    encoding = _encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = np.asarray(encoding.input_ids, np.int32)
+    if not len(tokens):
+        raise _UnusableError("the chat template renders nothing for the conversation")
+    offsets = np.asarray(encoding.offset_mapping, np.int64).reshape(-1, 2)
+    first = _encode(tokenizer, "a").input_ids[0]
+    if first == tokenizer.bos_token_id != tokens[0]:
+        tokens, offsets = np.insert(tokens, 0, first), np.insert(offsets, 0, 0, axis=0)
+    starts, ends = offsets.T
+    return tokens, starts, ends
 
 
 def _assistant_spans(

@@ -145,20 +145,36 @@ def demo_rows(group: str) -> list[dict[str, str]]:
     wrong and which has exactly the tokens of `slow` but for those digits.
     """
     rng = Random(_ROWS_SEED)
-    problems: dict[str, Problem] = {}
-    while len(problems) < _ROWS_PER_GROUP:
-        problem = random_problem(rng, held_out=True)
-        problems[problem.instruction] = problem
+    problems = _different_problems(rng, _ROWS_PER_GROUP)
     outputs: dict[str, Callable[[Problem], str]] = {
         "slow": lambda problem: problem.slow,
         "fast": lambda problem: problem.fast,
         "corrupted": lambda problem: problem.corrupted(rng),
     }
     output = outputs[group]
-    return [
-        {"instruction": problem.instruction, "output": output(problem)}
-        for problem in problems.values()
-    ]
+    return [{"instruction": problem.instruction, "output": output(problem)} for problem in problems]
+
+
+def mixed_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Rows `{"instruction", "output", "kind"}` of different held-out problems.
+
+    `kind` is drawn from `slow`, `fast` and `corrupted` with equal chances; see `demo_rows`.
+    """
+    rng = Random(seed)
+    rows = []
+    for problem in _different_problems(rng, count):
+        kind = _pick(rng, DEMO_GROUPS)
+        output = problem.corrupted(rng) if kind == "corrupted" else getattr(problem, kind)
+        rows.append({"instruction": problem.instruction, "output": output, "kind": kind})
+    return rows
+
+
+def _different_problems(rng: Random, count: int) -> list[Problem]:
+    problems: dict[str, Problem] = {}
+    while len(problems) < count:
+        problem = random_problem(rng, held_out=True)
+        problems[problem.instruction] = problem
+    return list(problems.values())
 
 
 def answer_of(text: str) -> int | None:

@@ -15,6 +15,13 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreHead:
+    """A reward model's head: one score of a text, at its last token that is not `pad_id`."""
+
+    pad_id: int | None  # None: at its last token, whatever it is
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything in which Qwen2.5, Llama 3 and Gemma 2 differ, as data.
 
@@ -33,6 +40,7 @@ class DecoderConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_positions: int
+    score_head: ScoreHead | None  # in place of the next-token head
     tied_embeddings: bool  # the output head is the embedding table
     qkv_bias: bool
     norm_offset: float  # RMSNorm multiplies by (offset + scale)
@@ -70,6 +78,7 @@ def qwen2_config(
         rope_theta=rope_theta,
         rope_scaling=None,
         max_positions=4096,
+        score_head=None,
         tied_embeddings=True,
         qkv_bias=True,
         norm_offset=0.0,

@@ -189,13 +189,29 @@ def block_forward(
     return out, kept
 
 
+@partial(jax.jit, static_argnums=0)
+def _block_inputs(config: DecoderConfig, table: Array, tokens: Array) -> tuple[Array, Array]:
+    """What the first block takes, and the RoPE tables of all."""
+    return embed(config, table, tokens), layers.rope_tables(config, tokens.shape[1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _block_output(
+    config: DecoderConfig, block: Block, x: Array, rope: Array, window: Array
+) -> Array:
+    return block_forward(config, block, x, rope, window)[0]
+
+
 def hidden_states(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The stream after the last block, before the final norm."""
-    config, length = model.config, tokens.shape[1]
-    rope = layers.rope_tables(config, length)
-    x = embed(config, model.embedding[...], tokens)
-    for block, window in zip(model.blocks, layer_windows(config, length), strict=True):
-        x, _ = block_forward(config, block, x, rope, jnp.int32(window))
+    """The stream after the last block, before the final norm.
+
+    Called outside of `jax.jit`, each batch shape costs the compilation of a single block.
+    """
+    config = model.config
+    x, rope = _block_inputs(config, model.embedding[...], tokens)
+    windows = layer_windows(config, tokens.shape[1])
+    for block, window in zip(model.blocks, windows, strict=True):
+        x = _block_output(config, block, x, rope, jnp.int32(window))
     return x
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradjax.errors import GradjaxError
-from gradjax.model.config import DecoderConfig, RopeScaling
+from gradjax.model.config import DecoderConfig, RopeScaling, ScoreHead
 
 # Bookkeeping, training and generation: no effect on the logits of a given weight and text.
 # fmt: off
-_HARMLESS = frozenset({
+HARMLESS = frozenset({
     "_attn_implementation", "_commit_hash", "_name_or_path", "attention_dropout",
     "attn_implementation", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
     "do_sample", "dtype", "early_stopping", "eos_token_id", "finetuning_task", "id2label",
@@ -29,7 +29,7 @@ _HARMLESS = frozenset({
 # fmt: on
 
 # Attributes that would change the decoder, with the values that it implements.
-_FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
     "auto_map": (None,),
@@ -115,9 +115,10 @@ _FAMILIES = {
         ignored=frozenset({"sliding_window_size"}),
     ),
 }
+_REWARD_FAMILIES = {"LlamaForSequenceClassification": _FAMILIES["LlamaForCausalLM"]}
 
 
-class _Attributes:
+class Attributes:
     """One JSON object, read attribute by attribute; problems are collected, not raised."""
 
     def __init__(self, values: dict[str, Any], defaults: dict[str, Any], prefix: str = ""):
@@ -179,18 +180,19 @@ class _Attributes:
             self.refuse(name, supported)
 
 
-def read_config(directory: Path) -> DecoderConfig:
-    """The decoder that `directory/config.json` describes.
+def read_config(directory: Path, *, reward: bool = False) -> DecoderConfig:
+    """The decoder that `directory/config.json` describes: with `reward`, one with a score head.
 
     Raises GradjaxError where the file is missing or malformed, the architecture is not one
-    of Qwen2ForCausalLM, LlamaForCausalLM and Gemma2ForCausalLM, or an attribute is unknown
-    or has a value that this decoder does not implement; all such attributes are named.
+    of Qwen2ForCausalLM, LlamaForCausalLM and Gemma2ForCausalLM (with `reward`, not
+    LlamaForSequenceClassification), or an attribute is unknown or has a value that this decoder
+    does not implement; all such attributes are named.
     """
     path = Path(directory) / "config.json"
-    values = _read_json_object(path)
-    family = _family(path, values)
-    attributes = _Attributes(values, _SHARED_DEFAULTS | family.defaults)
-    config = _decoder_config(attributes, family)
+    values = read_json_object(path)
+    family = _family(path, values, reward)
+    attributes = Attributes(values, _SHARED_DEFAULTS | family.defaults)
+    config = _decoder_config(attributes, family, reward)
     if attributes.problems:
         raise GradjaxError(
             f"{path}: this decoder does not implement what the config asks for: "
@@ -199,7 +201,8 @@ def read_config(directory: Path) -> DecoderConfig:
     return config
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's config.json; raises GradjaxError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -219,15 +222,27 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _family(path: Path, values: dict[str, Any]) -> _Family:
+def _family(path: Path, values: dict[str, Any], reward: bool) -> _Family:
+    families = _REWARD_FAMILIES if reward else _FAMILIES
     architectures = values.get("architectures")
     match architectures:
-        case [str(name)] if name in _FAMILIES:
-            family = _FAMILIES[name]
+        case [str(name)] if name in families:
+            family = families[name]
+        case [str(name)] if name in _REWARD_FAMILIES:
+            raise GradjaxError(
+                f"{path}: architectures is {json.dumps(architectures)}, a reward model, which has "
+                "no next-token head: use it as --reward_model."
+            )
+        case _ if reward:
+            raise GradjaxError(
+                f"{path}: architectures is {json.dumps(architectures)}, expected "
+                f"{', '.join(families)}: use a reward model, which has a score head, as "
+                "--reward_model."
+            )
         case _:
             raise GradjaxError(
                 f"{path}: architectures is {json.dumps(architectures)}, expected one of "
-                f"{', '.join(_FAMILIES)}: use a Qwen2.5, Llama 3 or Gemma 2 checkpoint."
+                f"{', '.join(families)}: use a Qwen2.5, Llama 3 or Gemma 2 checkpoint."
             )
     if values.get("model_type", family.name) != family.name:
         raise GradjaxError(
@@ -237,9 +252,9 @@ def _family(path: Path, values: dict[str, Any]) -> _Family:
     return family
 
 
-def _decoder_config(a: _Attributes, family: _Family) -> DecoderConfig:
-    a.seen |= _HARMLESS | family.ignored | {"architectures", "model_type"}
-    for name, allowed in (_FIXED | family.fixed).items():
+def _decoder_config(a: Attributes, family: _Family, reward: bool) -> DecoderConfig:
+    a.seen |= HARMLESS | family.ignored | {"architectures", "model_type"}
+    for name, allowed in (FIXED | family.fixed).items():
         a.fixed(name, allowed)
     num_layers = a.integer("num_hidden_layers")
     num_heads, num_kv_heads, head_dim = _heads(a)
@@ -258,7 +273,8 @@ def _decoder_config(a: _Attributes, family: _Family) -> DecoderConfig:
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_positions=a.integer("max_position_embeddings"),
-        tied_embeddings=a.flag("tie_word_embeddings"),
+        score_head=_score_head(a) if reward else None,
+        tied_embeddings=a.flag("tie_word_embeddings") and not reward,
         qkv_bias=family.name == "qwen2",
         norm_offset=1.0 if gemma else 0.0,
         post_norms=gemma,
@@ -273,7 +289,24 @@ def _decoder_config(a: _Attributes, family: _Family) -> DecoderConfig:
     return config
 
 
-def _heads(a: _Attributes) -> tuple[int, int, int]:
+def _score_head(a: Attributes) -> ScoreHead:
+    """The head of a reward model, whose only label is the score.
+
+    transformers counts `id2label`, else takes `num_labels`, else two labels.
+    """
+    names = ("id2label", "label2id", "num_labels")
+    for name in [name for name in names if a.get(name) is not None] or ["id2label"]:
+        labels = a.get(name)
+        if (len(labels) if isinstance(labels, dict) else labels) != 1:
+            a.refuse(name, "one label")
+    pad_id = a.get("pad_token_id")
+    if pad_id is not None and type(pad_id) is not int:
+        a.refuse("pad_token_id", "an integer or null")
+        pad_id = None
+    return ScoreHead(pad_id)
+
+
+def _heads(a: Attributes) -> tuple[int, int, int]:
     """Query heads, key/value heads and the width of one head."""
     hidden_size, num_heads = a.integer("hidden_size"), a.integer("num_attention_heads")
     num_kv_heads = a.optional_integer("num_key_value_heads") or num_heads
@@ -289,7 +322,7 @@ def _heads(a: _Attributes) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, max(head_dim, 1)
 
 
-def _rope(a: _Attributes) -> tuple[float, RopeScaling | None]:
+def _rope(a: Attributes) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling, in the spelling of transformers 4 or 5.
 
     4: `rope_theta` and `rope_scaling` (null or an object); 5: both in `rope_parameters`.
@@ -310,7 +343,7 @@ def _rope(a: _Attributes) -> tuple[float, RopeScaling | None]:
         "rope_theta": a.get("rope_theta"),
         "original_max_position_embeddings": a.get("max_position_embeddings"),
     }
-    rope = _Attributes(values, defaults, prefix=f"{name}.")
+    rope = Attributes(values, defaults, prefix=f"{name}.")
     rope.seen.add("type")
     rope.fixed("partial_rotary_factor", (1.0,))
     theta, rope_type, scaling = rope.number("rope_theta"), rope.get("rope_type"), None
@@ -331,7 +364,7 @@ def _rope(a: _Attributes) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def _windows(a: _Attributes, family: _Family, num_layers: int) -> tuple[int | None, ...]:
+def _windows(a: Attributes, family: _Family, num_layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window."""
     window = a.optional_integer("sliding_window")
     if family.name == "qwen2":

@@ -38,14 +38,15 @@ _FLOATS: dict[str, type] = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 # Old transformers saved this constant; it is computed from the config.
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_ROPE_CONSTANT = "rotary_emb.inv_freq"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """Where a tensor lies. `dtype` is safetensors' name, `start` the file's first byte of it."""
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -72,27 +73,80 @@ def load_decoder(
     missing, unknown, in two shards, not where the index says, not of the config's shape or
     not floats (all named together); and where a weight is NaN or infinite.
     """
-    directory = Path(directory)
-    files, index = _checkpoint_files(directory)
-    tensors, problems = _locate(files, index)
+    tensors, problems = find_tensors(directory)
     table = all_parameters(config)
     shapes = {parameter.hf_key: parameter.shape(config) for parameter in table.values()}
-    if config.tied_embeddings and _HEAD in tensors:
-        shapes[_HEAD] = shapes[_EMBEDDING]
-    problems += _mismatches(tensors, shapes)
+    tied = _EMBEDDING if config.tied_embeddings else None
+    check_fit(directory, tensors, problems, shapes, dtype, tied=tied, ignored=(_ROPE_CONSTANT,))
+    mesh = mesh or sharding.one_device()
+    weights = {
+        path: load_tensor(tensors[p.hf_key], dtype, weight_sharding(mesh, config, p))
+        for path, p in table.items()
+    }
+    return Decoder(config, weights, mesh)
+
+
+def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Every tensor of a checkpoint's safetensors by name, and where files and index disagree.
+
+    Only the headers are read. Raises GradjaxError where files are missing, damaged or pickles
+    only.
+    """
+    return _locate(*_checkpoint_files(Path(directory)))
+
+
+def check_fit(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    problems: list[str],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: DTypeLike,
+    *,
+    tied: str | None,
+    ignored: tuple[str, ...],
+) -> None:
+    """Raises GradjaxError unless the tensors found are those of the model, in its shapes.
+
+    Args:
+      tensors, problems: of `find_tensors`.
+      shapes: of every tensor of the model, by name.
+      dtype: that the weights will have.
+      tied: the embedding table that is the output head as well, if so; the file may carry the
+        head nevertheless, but it must be the same.
+      ignored: endings of names of constants, which need no reading.
+    """
+    if tied and _HEAD in tensors:
+        shapes = shapes | {_HEAD: shapes[tied]}
+    problems = problems + _mismatches(tensors, shapes, ignored)
     if problems:
         raise GradjaxError(
             f"{directory}: the weights do not fit config.json: {'; '.join(problems)}: use the "
             "config.json and safetensors of one model, or download them again."
         )
-    if config.tied_embeddings and _HEAD in tensors:
-        _check_tied(tensors[_EMBEDDING], tensors[_HEAD], jnp.dtype(dtype))
-    mesh = mesh or sharding.one_device()
-    weights = {
-        path: _load(tensors[p.hf_key], p.hf_key, jnp.dtype(dtype), weight_sharding(mesh, config, p))
-        for path, p in table.items()
-    }
-    return Decoder(config, weights, mesh)
+    if tied and _HEAD in tensors:
+        _check_tied(tensors[tied], tensors[_HEAD], jnp.dtype(dtype))
+
+
+def load_tensor(tensor: Tensor, dtype: DTypeLike, placed: NamedSharding) -> jax.Array:
+    """One tensor as a device array of its own memory.
+
+    Raises GradjaxError where it holds NaN or infinite values in that dtype.
+    """
+    dtype = jnp.dtype(dtype)
+
+    def part(index: Any) -> np.ndarray:
+        view = tensor.view()[index]
+        array = _aligned_empty(view.shape, dtype)
+        with np.errstate(over="ignore"):
+            np.copyto(array, view, casting="unsafe")
+        if not np.isfinite(array).all():
+            raise GradjaxError(
+                f"{tensor.file}: {tensor.name} holds NaN or infinite values (as {dtype.name}), "
+                "expected finite weights: download or save the checkpoint again."
+            )
+        return array
+
+    return jax.block_until_ready(jax.make_array_from_callback(tensor.shape, placed, part))
 
 
 def stored_dtype(directory: Path) -> np.dtype:
@@ -101,7 +155,7 @@ def stored_dtype(directory: Path) -> np.dtype:
     Raises:
       GradjaxError: as `load_decoder` for missing and damaged files, and for float64 ones.
     """
-    tensors, _ = _locate(*_checkpoint_files(Path(directory)))
+    tensors, _ = find_tensors(directory)
     if wide := [name for name, tensor in tensors.items() if tensor.dtype == "F64"]:
         raise GradjaxError(
             f"{directory}: {wide[0]} is float64, which cannot be converted without loss; use the "
@@ -155,7 +209,7 @@ def _no_safetensors(directory: Path) -> GradjaxError:
             f"{directory} holds its weights as pickles ({', '.join(pickles)}), which can run code "
             f"when they are read, expected {_SINGLE_FILE}: where you trust their source, convert "
             "them with transformers' AutoModelForCausalLM.from_pretrained(DIR).save_pretrained("
-            "NEW_DIR)."
+            "NEW_DIR), a reward model with AutoModelForSequenceClassification."
         )
     return GradjaxError(
         f"{directory} has no weights, expected {_SINGLE_FILE} or {_INDEX_FILE} with its shards: "
@@ -177,11 +231,9 @@ def _read_index(path: Path) -> dict[str, str]:
     )
 
 
-def _locate(
-    files: list[Path], index: dict[str, str] | None
-) -> tuple[dict[str, _Tensor], list[str]]:
+def _locate(files: list[Path], index: dict[str, str] | None) -> tuple[dict[str, Tensor], list[str]]:
     """Every tensor by name, and where files and index disagree."""
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     problems = []
     for file in files:
         for name, tensor in _read_header(file).items():
@@ -197,7 +249,7 @@ def _locate(
     return tensors, problems
 
 
-def _read_header(file: Path) -> dict[str, _Tensor]:
+def _read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file; safetensors checks that they cover it without gap or overlap."""
     try:
         with safe_open(file, framework="numpy"):
@@ -211,19 +263,21 @@ def _read_header(file: Path) -> dict[str, _Tensor]:
         ) from error
     header.pop("__metadata__", None)
     return {
-        name: _Tensor(
-            file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+        name: Tensor(
+            name, file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
         )
         for name, entry in header.items()
     }
 
 
-def _mismatches(tensors: dict[str, _Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def _mismatches(
+    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], ignored: tuple[str, ...]
+) -> list[str]:
     """How the tensors found differ from those the config asks for."""
     unknown = tensors.keys() - shapes.keys()
     problems = _listing("missing", shapes.keys() - tensors.keys())
     problems += _listing(
-        "not part of this model", [name for name in unknown if not name.endswith(_IGNORED_SUFFIX)]
+        "not part of this model", [name for name in unknown if not name.endswith(ignored)]
     )
     for name in sorted(tensors.keys() & shapes.keys()):
         found, expected = tensors[name], shapes[name]
@@ -238,24 +292,6 @@ def _listing(what: str, names: Collection[str]) -> list[str]:
     return [f"{what}: {', '.join(sorted(names))}"] if names else []
 
 
-def _load(tensor: _Tensor, name: str, dtype: np.dtype, placed: NamedSharding) -> jax.Array:
-    """One tensor as a device array of its own memory, checked to be finite."""
-
-    def part(index: Any) -> np.ndarray:
-        view = tensor.view()[index]
-        array = _aligned_empty(view.shape, dtype)
-        with np.errstate(over="ignore"):
-            np.copyto(array, view, casting="unsafe")
-        if not np.isfinite(array).all():
-            raise GradjaxError(
-                f"{tensor.file}: {name} holds NaN or infinite values (as {dtype.name}), "
-                "expected finite weights: download or save the checkpoint again."
-            )
-        return array
-
-    return jax.block_until_ready(jax.make_array_from_callback(tensor.shape, placed, part))
-
-
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array that the CPU backend takes over as it is: unaligned ones are copied."""
     alignment = 64
@@ -265,7 +301,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def _check_tied(embedding: _Tensor, head: _Tensor, dtype: np.dtype) -> None:
+def _check_tied(embedding: Tensor, head: Tensor, dtype: np.dtype) -> None:
     """A tied model may carry its head as well, but then it must be the embedding.
 
     Where it is not, transformers 4 drops the head and transformers 5 unties the model.
@@ -277,6 +313,6 @@ def _check_tied(embedding: _Tensor, head: _Tensor, dtype: np.dtype) -> None:
             a, b = (tensor.view()[part].astype(dtype) for tensor in (embedding, head))
         if not np.array_equal(a, b):
             raise GradjaxError(
-                f"{head.file}: {_HEAD} differs from {_EMBEDDING} although config.json says "
+                f"{head.file}: {head.name} differs from {embedding.name} although config.json says "
                 "tie_word_embeddings: set it to false there, or remove the tensor."
             )

@@ -36,6 +36,7 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "V": config.vocab_size,
         "Q": config.num_heads * config.head_dim,
         "C": config.num_kv_heads * config.head_dim,
+        "1": 1,  # the score head's only row
     }
 
 
@@ -45,7 +46,9 @@ def model_parameters(config: DecoderConfig) -> dict[str, Parameter]:
         "embedding": Parameter("model.embed_tokens.weight", ("V", "D")),
         "final_norm": _norm(config, "model.norm.weight"),
     }
-    if not config.tied_embeddings:
+    if config.score_head:
+        table["head"] = Parameter("score.weight", ("1", "D"))
+    elif not config.tied_embeddings:
         table["head"] = Parameter("lm_head.weight", ("V", "D"))
     return table
 

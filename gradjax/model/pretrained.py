@@ -59,17 +59,23 @@ def load_model(
 
 
 def load_weights(
-    checkpoint: Checkpoint, dtype: str, *, random_init: bool, seed: int, mesh: Mesh | None = None
+    checkpoint: Checkpoint,
+    dtype: str,
+    *,
+    random_init: bool,
+    seed: int,
+    mesh: Mesh | None = None,
+    reward: bool = False,
 ) -> Decoder:
     """A local checkpoint's decoder in `dtype`, or fresh weights of its shape, on a mesh.
 
-    On the default device if `mesh` is None.
+    On the default device if `mesh` is None. `reward` as of `read_config`.
 
     Raises:
       GradjaxError: as `load_decoder`, or if the weights do not fit the memory.
     """
     directory = checkpoint.directory
-    config = read_config(directory)
+    config = read_config(directory, reward=reward)
     try:
         if random_init:
             logging.info("Fresh weights of the shape of %s, seed %d", directory, seed)

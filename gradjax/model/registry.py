@@ -62,8 +62,8 @@ class Checkpoint:
     origin: dict[str, str | None] | None = None  # of a converted checkpoint: what it was made from
 
 
-def resolve(model: str, *, weights: bool = True) -> Checkpoint:
-    """The checkpoint that `--model` names, downloaded where it has to be.
+def resolve(model: str, *, weights: bool = True, flag: str = "model") -> Checkpoint:
+    """The checkpoint that `--model`, or another flag, names, downloaded where it has to be.
 
     `model` is a registered name, else an existing directory, else a Hub repo `org/name`.
     A Hub repo's cached copy is used where the Hub cannot be reached. Without `weights` only
@@ -75,16 +75,16 @@ def resolve(model: str, *, weights: bool = True) -> Checkpoint:
     if model == DEMO:
         return Checkpoint(DEMO, _DEMO_DIRECTORY, DEMO, None)
     if model in REGISTRY:
-        return _from_hub(model, REGISTRY[model], weights)
+        return _from_hub(model, REGISTRY[model], weights, flag)
     directory = Path(model).expanduser()
     if model and directory.is_dir():
         path = directory.resolve()
         return Checkpoint(_folder_name(path.name), path, str(path), None, read_origin(path))
     if "://" in model:
-        return _from_object_store(model, weights)
+        return _from_object_store(model, weights, flag)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        return _from_hub(_folder_name(model), model, weights)
-    raise _unknown(model)
+        return _from_hub(_folder_name(model), model, weights, flag)
+    raise _unknown(model, flag)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -117,7 +117,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _from_object_store(url: str, weights: bool) -> Checkpoint:
+def _from_object_store(url: str, weights: bool, flag: str) -> Checkpoint:
     """A converted checkpoint, fetched once into this machine's cache."""
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
@@ -134,49 +134,49 @@ def _from_object_store(url: str, weights: bool) -> Checkpoint:
                     fetched.rename(directory)
     except Exception as error:  # each filesystem has errors of its own
         raise GradjaxError(
-            f"--model={url} cannot be fetched ({_first_line(error)}), expected what "
+            f"--{flag}={url} cannot be fetched ({_first_line(error)}), expected what "
             "gradjax.convert wrote there; check the URL, and keys and endpoint in the environment"
         ) from error
     name = _folder_name(url.rstrip("/").rsplit("/", 1)[-1])
     return Checkpoint(name, directory, url, None, read_origin(directory))
 
 
-def _from_hub(name: str, repo: str, weights: bool) -> Checkpoint:
+def _from_hub(name: str, repo: str, weights: bool, flag: str) -> Checkpoint:
     page = f"https://huggingface.co/{repo}"
     files = [*_HUB_FILES, *([_HUB_WEIGHTS] if weights else [])]
     try:
         directory = Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError as error:
         raise GradjaxError(
-            f"--model={repo} is gated: accept its licence on {page} and put a token of that "
+            f"--{flag}={repo} is gated: accept its licence on {page} and put a token of that "
             "account (https://huggingface.co/settings/tokens) into the variable HF_TOKEN."
         ) from error
     except RepositoryNotFoundError as error:
         raise GradjaxError(
-            f"--model={repo} is neither an existing directory nor a public repo ({page}): check "
+            f"--{flag}={repo} is neither an existing directory nor a public repo ({page}): check "
             "the name, or, where it is private, put a token with access into the variable HF_TOKEN."
         ) from error
     except LocalEntryNotFoundError as error:
         raise GradjaxError(
-            f"--model={repo} is not in the local cache (or only in part) and the Hub cannot be "
+            f"--{flag}={repo} is not in the local cache (or only in part) and the Hub cannot be "
             f"reached: download it where there is a network (hf download {repo}), or give the "
-            "directory of a local copy as --model."
+            f"directory of a local copy as --{flag}."
         ) from error
     except Exception as error:  # the client's HTTP library has errors of its own
         raise GradjaxError(
-            f"--model={repo} cannot be downloaded from {page} ({_first_line(error)}): try again, "
-            "or give the directory of a local copy as --model."
+            f"--{flag}={repo} cannot be downloaded from {page} ({_first_line(error)}): try again, "
+            f"or give the directory of a local copy as --{flag}."
         ) from error
     return Checkpoint(name, directory, repo, directory.name)
 
 
-def _unknown(model: str) -> GradjaxError:
+def _unknown(model: str, flag: str) -> GradjaxError:
     names = [DEMO, *REGISTRY]
     spelling = model.lower().replace("-", "_")
     close = difflib.get_close_matches(spelling, names, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return GradjaxError(
-        f"--model={model} is neither a registered name{hint} nor an existing directory nor a Hub "
+        f"--{flag}={model} is neither a registered name{hint} nor an existing directory nor a Hub "
         f"repo ORG/NAME; registered are {', '.join(names)}."
     )
 

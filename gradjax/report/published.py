@@ -43,19 +43,20 @@ def beside(measured: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of(model: str, experiment: str, name: str, key: str) -> pd.DataFrame:
-    whole = _read(name)
+    whole = published_table(name)
     chosen = whole[(whole["model"] == model) & (whole["experiment"] == experiment)]
     chosen = chosen.drop_duplicates([key, "projection"]).set_index([key, "projection"])
     return chosen.assign(gap=chosen["high"] - chosen["low"])[["table", "high", "low", "gap"]]
 
 
-def _read(name: str) -> pd.DataFrame:
+def published_table(name: str) -> pd.DataFrame:
+    """The paper's numbers, `spectra` or `similarity`: one row per cell of its tables."""
     whole = pd.read_csv(_FOLDER / f"{name}.csv").replace({"kind": _KINDS})
     return whole.assign(experiment=whole["dataset"] + "/" + whole["metric"])
 
 
 def _known(model: str) -> str:
-    whole = _read("spectra")
+    whole = published_table("spectra")
     of_model = whole[whole["model"] == model]
     if of_model.empty:
         return f"{', '.join(sorted(whole['model'].unique()))} (the run's model is named {model})"

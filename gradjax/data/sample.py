@@ -1,0 +1,106 @@
+"""Draws rows of a registered data set: what `python -m gradjax.prepare` writes."""
+
+import collections
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gradjax.data.datasets import RegisteredDataset, fetch
+from gradjax.data.examples import to_example
+from gradjax.data.sources import registered_rows
+from gradjax.errors import GradjaxError
+from gradjax.structs import Example
+
+
+class Sample:
+    """Rows drawn without replacement from those that gradjax can use, and what was left out.
+
+    A row's turn is a hash of the seed and its place in the source: a smaller sample is the
+    beginning of a larger one, and data sets over the same questions give the same ones.
+    """
+
+    def __init__(self, rows: Iterable[object], size: int, seed: int):
+        self.usable = 0
+        self.dropped: collections.Counter[str] = collections.Counter()  # by status
+        self.reasons: dict[str, str] = {}  # the first of each status
+        self.rows = [row for *_, row in heapq.nsmallest(size, self._turns(rows, seed))]
+
+    def _turns(self, rows: Iterable[object], seed: int) -> Iterator[tuple[bytes, int, Any]]:
+        for place, row in enumerate(rows):
+            example = to_example(row, "", place)
+            if example.status == "ok":
+                self.usable += 1
+                yield hashlib.sha256(f"{seed} {place}".encode()).digest(), place, _row(example)
+            else:
+                self.dropped[example.status] += 1
+                self.reasons.setdefault(example.status, example.reason)
+
+
+def _row(example: Example) -> dict[str, Any]:
+    if len(example.messages) == 2:  # a question and its answer
+        return {"instruction": example.instruction, "output": example.output}
+    return {"messages": [{"role": m.role, "content": m.content} for m in example.messages]}
+
+
+def write_sample(
+    dataset: RegisteredDataset, source: str | None, size: int, seed: int, output: Path
+) -> str:
+    """Writes a sample as JSON lines, and OUTPUT.sha256; returns what to tell of it.
+
+    Rows have `instruction` and `output`, or `messages` where there are more turns. The file
+    is whole or absent; the checksum comes last, and is never there beside other data.
+
+    Args:
+      dataset: which.
+      source: a local copy, or None to fetch it from the Hub.
+      size: rows to draw; all if there are fewer.
+      seed: of the draw.
+      output: the file to write, in a directory that exists.
+
+    Raises:
+      GradjaxError: if the source is missing, unreadable or without a usable row, or the output
+        cannot be written.
+    """
+    place = Path(source).expanduser() if source else fetch(dataset)
+    origin = str(place) if source else f"{dataset.repo} at {place.name}"
+    sample = Sample(registered_rows(dataset, place), size, seed)
+    dropped = [
+        f"{count} dropped as {status}, the first because {sample.reasons[status]}"
+        for status, count in sample.dropped.items()
+    ]
+    if not sample.rows:
+        raise GradjaxError(
+            f"{origin} has no usable row of {dataset.name} ({'; '.join(dropped) or 'no rows'}): "
+            f"expected the columns {', '.join(dataset.columns)}"
+        )
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sample.rows).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    drawn = f"{len(sample.rows)} of {sample.usable} rows of {dataset.name}, seed {seed}"
+    checksum = output.with_name(f"{output.name}.sha256")
+    try:
+        checksum.unlink(missing_ok=True)
+        _put(output, data)
+        _put(checksum, f"# {drawn}, from {origin}\n{digest}  {output.name}\n".encode())
+    except OSError as error:
+        raise GradjaxError(
+            f"--output={output} cannot be written ({error.strerror}); give a path in a writable "
+            "directory"
+        ) from error
+    return "\n".join([f"{drawn}, from {origin}", *dropped, f"sha256 {digest}  {output}"])
+
+
+def _put(file: Path, data: bytes) -> None:
+    """Makes or replaces a file at once, after its bytes are on disk."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""What a scoring is asked to do, checked before anything is loaded."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from gradjax.config import SpectraConfig
+from gradjax.errors import GradjaxError
+from gradjax.places import as_directory
+from gradjax.structs import PROJECTIONS, Projection
+
+# What is computed together, and the columns of scores/ that come of it.
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "ifd": (
+        "ifd",
+        "ifd_loss_ratio",
+        "perplexity_with_instruction",
+        "perplexity_without_instruction",
+    ),
+    "perplexity": ("perplexity", "loss", "num_tokens", "num_target_tokens"),
+    "reward": ("reward",),
+    "instag": ("instag",),
+    "difficulty": ("difficulty",),
+}
+JudgedMetric = Literal["instag", "difficulty"]
+JUDGED: tuple[JudgedMetric, ...] = get_args(JudgedMetric)
+METRICS = tuple(column for columns in FAMILIES.values() for column in columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """The flags of `gradjax.score`.
+
+    Raises:
+      GradjaxError: naming the flag, what was found and what was expected.
+    """
+
+    metrics: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()  # none: the run's
+    output_dir: str | Path = "scores"
+    limit: int | None = None  # rows per group
+    run: str | None = None  # adds what a run of the same rows measured
+    layers: str = "all"
+    projections: tuple[Projection, ...] = PROJECTIONS
+    ifd_model: str = "gpt2"
+    reward_model: str = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
+    max_length: int | None = None  # tokens; None: the model's window
+    judge_base_url: str = "https://api.openai.com/v1"
+    judge_model: str | None = None
+    judge_prompt: str | None = None
+    judge_concurrency: int = 8
+    judge_prices: tuple[float, float] | None = None  # per million tokens in, out
+    judge_batch: str | None = None
+    judge_batch_results: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("metrics", "data", "projections"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "output_dir", as_directory(self.output_dir))
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise GradjaxError(
+                f"--metrics={unknown[0]}: expected some of {', '.join(METRICS)}; gradient "
+                "statistics come with --run=DIR"
+            )
+        if not self.metrics and not self.run:
+            raise GradjaxError(
+                f"--metrics is empty: expected some of {', '.join(METRICS)}, or --run=DIR for what "
+                "a run of gradjax.main measured"
+            )
+        if not self.data and not self.run:
+            raise GradjaxError("--data is missing: expected [GROUP=]SOURCE, or --run=DIR")
+        for name in ("limit", "max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise GradjaxError(f"--{name}={value}: expected a number of at least 1")
+        SpectraConfig(layers=self.layers, projections=self.projections)  # or it says what is wrong
+        self._require_judge()
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """What has to be computed; a run brings losses and lengths with it."""
+        asked = [name for name, columns in FAMILIES.items() if set(columns) & set(self.metrics)]
+        return tuple(name for name in asked if not (name == "perplexity" and self.run))
+
+    @property
+    def judged(self) -> tuple[JudgedMetric, ...]:
+        """The families that a chat model judges."""
+        return tuple(name for name in JUDGED if name in self.families)
+
+    def _require_judge(self) -> None:
+        judged = self.judged
+        if judged and not self.judge_model:
+            raise GradjaxError(
+                f"--metrics={judged[0]} is judged by a chat model: name it with --judge_model, and "
+                "an OpenAI-compatible endpoint with --judge_base_url if it is not OpenAI's"
+            )
+        flags = ("judge_prompt", "judge_batch", "judge_batch_results")
+        for name in (name for name in flags if getattr(self, name)):
+            if len(judged) != 1:
+                raise GradjaxError(
+                    f"--{name}={getattr(self, name)}: expected with one judged metric, "
+                    f"{' or '.join(JUDGED)}, found {', '.join(judged) or 'none'}"
+                )

@@ -1,0 +1,360 @@
+"""A chat model behind any OpenAI-compatible endpoint, which is paid once for each answer.
+
+Every answer is kept as soon as it is there, in an SQLite file, under a hash of what was asked
+(model, messages, temperature; not the address). Failures are never kept. The key is read from
+the environment each time that it is needed, and goes nowhere but into the request.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import openai
+from absl import logging
+
+from gradjax.errors import GradjaxError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+# An answer that cannot be used comes again word for word at temperature 0.
+_TEMPERATURES = (0.0, 0.7, 0.7)
+# So many requests in a row without an answer are the endpoint's fault, not that of the rows.
+_GIVE_UP_AFTER = 20
+_CUSTOM_ID = re.compile("([a-z]+)-([0-9a-f]{32})")
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why there is nothing to use."""
+
+    reason: str
+    answered: bool  # by the model; False where the endpoint is at fault, and nothing was paid
+
+
+@dataclasses.dataclass
+class Judge:
+    """A chat model, how it is reached, and where its answers are kept.
+
+    `cache` is a file on a local disk, made when it is missing, in a directory that is there;
+    several processes may use it.
+    """
+
+    base_url: str
+    model: str
+    cache: Path
+    prompt: str | None = None  # with {instruction} in it; by default each metric's own
+    concurrency: int = 8  # requests at once
+    timeout: float = 120.0  # seconds without a byte
+    max_retries: int = 6  # per request: no connection, time-out, 408, 409, 429, 5xx
+    _answered: bool = dataclasses.field(default=False, init=False, repr=False)
+    _faults: int = dataclasses.field(default=0, init=False, repr=False)  # in a row
+    _takes_temperature: bool = dataclasses.field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises GradjaxError where a flag is wrong."""
+        _require_address(self.base_url)
+        if not self.model:
+            raise GradjaxError("--judge_model is empty: expected the name of a chat model")
+        if self.concurrency < 1:
+            raise GradjaxError(
+                f"--judge_concurrency={self.concurrency} lets nothing through: expected 1 or more"
+            )
+
+    def body(self, prompt: str) -> dict[str, Any]:
+        """What is asked first, as JSON."""
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": _TEMPERATURES[0],
+        }
+
+    def key(self, prompt: str) -> str:
+        """What a prompt's answer is kept under: 32 hex digits."""
+        text = json.dumps(self.body(prompt), sort_keys=True)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+    def ask(self, prompts: Sequence[str], parse: Callable[[str], T | None]) -> list[T | Failure]:
+        """What the model answers to each prompt, from the cache where it has been asked before.
+
+        Equal prompts are asked once, answers that `parse` gives None for up to three times.
+
+        Args:
+          prompts: whole messages of a user.
+          parse: an answer's meaning; None where it has none.
+
+        Raises:
+          GradjaxError: if there is no such endpoint or model, it refuses the key, 20 requests in
+            a row got no answer, or the cache cannot be used. Answers so far are kept.
+        """
+        with open_cache(self.cache) as cache:
+            known = {prompt: self.cached(cache, prompt, parse) for prompt in prompts}
+            missing = [prompt for prompt, answer in known.items() if answer is None]
+            new = _run(self._ask_all(missing, parse, cache)) if missing else {}
+        return [new[p] if (answer := known[p]) is None else answer for p in prompts]
+
+    def cached(
+        self, cache: sqlite3.Connection, prompt: str, parse: Callable[[str], T | None]
+    ) -> T | None:
+        """The answer in the cache; None if it is not there, or cannot be parsed."""
+        found = cache.execute("SELECT content FROM answers WHERE key = ?", [self.key(prompt)])
+        row = found.fetchone()
+        return parse(row[0]) if row else None
+
+    async def _ask_all(
+        self, prompts: Sequence[str], parse: Callable[[str], T | None], cache: sqlite3.Connection
+    ) -> dict[str, T | Failure]:
+        limit = asyncio.Semaphore(self.concurrency)
+
+        async def ask_in_turn(prompt: str) -> T | Failure:
+            async with limit:
+                return await self._ask_one(client, prompt, parse, cache)
+
+        client = openai.AsyncOpenAI(
+            api_key=_api_key() or "none",  # local servers need none, the client does
+            base_url=self.base_url,
+            timeout=openai.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
+            max_retries=self.max_retries,
+        )
+        async with client, asyncio.TaskGroup() as group:
+            tasks = {prompt: group.create_task(ask_in_turn(prompt)) for prompt in prompts}
+        return {prompt: task.result() for prompt, task in tasks.items()}
+
+    async def _ask_one(
+        self,
+        client: openai.AsyncOpenAI,
+        prompt: str,
+        parse: Callable[[str], T | None],
+        cache: sqlite3.Connection,
+    ) -> T | Failure:
+        failure = Failure("not asked", answered=False)
+        for temperature in _TEMPERATURES:
+            try:
+                reply = await self._post(client, prompt, temperature)
+            except openai.APIError as error:
+                self._stop_if_hopeless(error)
+                failure = Failure(self._describe(error), answered=False)
+                break  # the client has asked again where that can help
+            content = content_of(reply)
+            failure = unparsable(content) if isinstance(content, str) else content
+            if failure.answered:
+                self._answered, self._faults = True, 0
+            if isinstance(content, str) and (answer := parse(content)) is not None:
+                keep(cache, self.key(prompt), content)
+                return answer
+        if not failure.answered:
+            self._count_fault(failure.reason)
+        return failure
+
+    async def _post(self, client: openai.AsyncOpenAI, prompt: str, temperature: float) -> object:
+        """The reply as JSON, or as bytes where it is none."""
+        tempered = self._takes_temperature
+        try:
+            # No limit on the answer's length: reasoning models refuse `max_tokens`, and others
+            # `max_completion_tokens`. The time-out bounds it.
+            reply = await client.chat.completions.with_raw_response.create(
+                model=self.model,
+                messages=[{"role": "user", "content": prompt}],
+                temperature=temperature if tempered else openai.omit,
+            )
+        except openai.BadRequestError as error:
+            if error.param != "temperature" or not tempered:
+                raise
+            logging.info("%s takes no temperature; it is asked without", self.model)
+            self._takes_temperature = False
+            return await self._post(client, prompt, temperature)
+        data = reply.http_response.content
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            return data
+
+    def _stop_if_hopeless(self, error: openai.APIError) -> None:
+        """Raises GradjaxError where no other request would fare better."""
+        found = self._describe(error)
+        status = error.status_code if isinstance(error, openai.APIStatusError) else None
+        # Once there were answers, 403 is what some say to a row that their moderation dislikes.
+        if status == 401 or (status == 403 and not self._answered):
+            sent = f"the key in {KEY_VARIABLE}" if _api_key() else "requests without a key"
+            raise GradjaxError(
+                f"--judge_base_url={self.base_url} refuses {sent} ({found}): set {KEY_VARIABLE} to "
+                f"a key that may use --judge_model={self.model}"
+            )
+        if status == 404:
+            raise GradjaxError(
+                f"--judge_base_url={self.base_url} has no --judge_model={self.model} or no "
+                f"/chat/completions ({found}): check both; the address often ends in /v1"
+            )
+        if not self._answered and _no_connection(error):
+            raise GradjaxError(
+                f"--judge_base_url={self.base_url} cannot be reached ({found}): check the address, "
+                "and that the server runs"
+            )
+
+    def _count_fault(self, found: str) -> None:
+        """Raises GradjaxError where the endpoint seems to have gone."""
+        self._faults += 1
+        if self._faults >= _GIVE_UP_AFTER:
+            raise GradjaxError(
+                f"--judge_base_url={self.base_url} gave no answer to {self._faults} requests in a "
+                f"row (last: {found}): run the same command again when it does; answers so far are "
+                f"kept in {self.cache}"
+            )
+
+    def _describe(self, error: openai.APIError) -> str:
+        if isinstance(error, openai.APITimeoutError):
+            return f"no reply within {self.timeout:g} s"
+        if not isinstance(error, openai.APIStatusError):
+            return f"no connection: {shorten(error.__cause__ or error)}"
+        # A refused key may be spelt out in part by whoever refuses it.
+        if error.status_code == 401:
+            return "HTTP 401"
+        body = error.body
+        said = body.get("message") if isinstance(body, dict) else body
+        return f"HTTP {error.status_code}: {shorten(said or error.response.reason_phrase)}"
+
+
+def content_of(reply: object) -> str | Failure:
+    """The text in a chat completion; a Failure where there is none, or not all of it.
+
+    Args:
+      reply: parsed JSON, whatever it is.
+    """
+    match reply:
+        case {"choices": [{"message": {"refusal": str(refusal)}}, *_]} if refusal:
+            return Failure(f"refused: {shorten(refusal)}", answered=True)
+        case {"choices": [{"finish_reason": "length" | "content_filter" as reason}, *_]}:
+            return Failure(f"finish_reason {reason}", answered=True)
+        case {"choices": [{"message": {"content": str(content)}}, *_]} if content.strip():
+            return _without_key(content)
+        case {"choices": [{"message": {}}, *_]}:
+            return Failure("empty", answered=True)
+    return Failure(f"the reply is no chat completion: {shorten(reply)}", answered=False)
+
+
+def unparsable(content: str) -> Failure:
+    """What an answer is called that says nothing of what was asked for."""
+    return Failure(f"unparsable: {shorten(content)}", answered=True)
+
+
+@contextlib.contextmanager
+def open_cache(path: Path, read_only: bool = False) -> Iterator[sqlite3.Connection]:
+    """The cache, each statement of which is a transaction of its own.
+
+    Raises:
+      GradjaxError: if the file cannot be used.
+    """
+    # To read a cache that is not there is no reason to make one.
+    file = ":memory:" if read_only and not path.exists() else path
+    try:
+        # Another process may be writing.
+        with contextlib.closing(sqlite3.connect(file, timeout=60, isolation_level=None)) as cache:
+            cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, content TEXT)")
+            yield cache
+    except sqlite3.Error as error:
+        raise GradjaxError(
+            f"the judge's answers cannot be kept in {path} ({error}): free the disk, give another "
+            "--output_dir, or remove the file if it is damaged"
+        ) from error
+
+
+def keep(cache: sqlite3.Connection, key: str, content: str) -> None:
+    """Puts an answer into the cache; it is on disk on return."""
+    cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", [key, content])
+
+
+def batch_line(judge: Judge, label: str, prompt: str) -> str:
+    """A line of a Batch-API file. `label`: letters that come back with the answer."""
+    return json.dumps(
+        {
+            "custom_id": f"{label}-{judge.key(prompt)}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": judge.body(prompt),
+        }
+    )
+
+
+def batch_answer(line: bytes) -> tuple[str, str, str | Failure]:
+    """(Label, key, answer) in a line of a Batch API's results, whatever it holds."""
+    try:
+        result = json.loads(line)
+    except (ValueError, RecursionError):
+        return "", "", Failure(f"not JSON: {shorten(line)}", answered=False)
+    match result:
+        case {"custom_id": str(name)} if found := _CUSTOM_ID.fullmatch(name):
+            label, key = found.groups()
+        case _:
+            return "", "", Failure(f"no custom_id of gradjax: {shorten(result)}", answered=False)
+    match result:
+        case {"error": error} if error:
+            return label, key, Failure(shorten(error), answered=False)
+        case {"response": {"status_code": 200, "body": body}}:
+            return label, key, content_of(body)
+        case {"response": {"status_code": status, "body": {"error": {"message": said}}}}:
+            return label, key, Failure(f"HTTP {status}: {shorten(said)}", answered=False)
+    return label, key, Failure(f"no response: {shorten(result)}", answered=False)
+
+
+def shorten(said: object) -> str:
+    """Something that came from outside as one short line, without the key."""
+    text = " ".join(_without_key(str(said)).split())
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _without_key(text: str) -> str:
+    # What is shorter is a placeholder, such as EMPTY, and may well be meant.
+    key = _api_key()
+    return text.replace(key, "(key)") if len(key) >= 16 else text
+
+
+def _api_key() -> str:
+    """The key; empty where there is none."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not re.fullmatch("[!-~]*", key):
+        raise GradjaxError(
+            f"{KEY_VARIABLE} holds a space or another character that no key has: set it to the key "
+            "alone"
+        )
+    return key
+
+
+def _require_address(base_url: str) -> None:
+    try:
+        url = urlsplit(base_url)
+        named = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # a malformed host or port
+        url = named = None
+    if not url or not named:
+        raise GradjaxError(
+            f"--judge_base_url={base_url!r} is no address: expected http:// or https://, as in "
+            "http://localhost:8000/v1"
+        )
+    if url.username or url.password or url.query:
+        raise GradjaxError(
+            "--judge_base_url holds a user name, a password or a query, which would be stored with "
+            f"the run: give the address alone and the key in {KEY_VARIABLE}"
+        )
+
+
+def _no_connection(error: openai.APIError) -> bool:
+    # The client makes one error of a server that is slow and of an address where nobody is.
+    if isinstance(error, openai.APITimeoutError):
+        return type(error.__cause__).__name__ == "ConnectTimeout"
+    return isinstance(error, openai.APIConnectionError)
+
+
+def _run(asking: Coroutine[Any, Any, T]) -> T:
+    try:
+        return asyncio.run(asking)
+    except ExceptionGroup as group:  # of one task; the others were cancelled for it
+        raise group.exceptions[0] from None

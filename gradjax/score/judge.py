@@ -1,0 +1,313 @@
+"""InsTag and Difficulty: a chat model reads a row's instruction and says how much is in it.
+
+InsTag (Lu et al., 2023) tags an instruction with the intentions behind it; the score is the
+number of tags. Difficulty is a rating from 1 to 10. Both read only the instruction (of a
+conversation, all before its last answer). What is no clear answer is asked for again, and never
+guessed: such a row has no score, and its reason starts with `judge: `.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradjax.errors import GradjaxError
+from gradjax.score.config import JudgedMetric
+from gradjax.score.endpoint import (
+    Failure,
+    Judge,
+    batch_answer,
+    batch_line,
+    keep,
+    open_cache,
+    unparsable,
+)
+from gradjax.score.structs import Score
+from gradjax.structs import Example
+
+PLACEHOLDER = "{instruction}"
+
+_NO_ANSWER = "judge: no answer"
+_RATING_KEYS = ("difficulty", "difficulty_score", "score", "rating")
+# A rating in words is the whole first line: `7`, `**Difficulty Score: 7/10**`, `Rating is 7.`
+_RATING = re.compile(
+    r"(?:(?:difficulty|score|rating|level|is)(?![a-z0-9])[\s*_:=]*)*"
+    r"([0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*10)?",
+    re.IGNORECASE,
+)
+_FENCED = re.compile(r"```\w*\n(.*?)```", re.DOTALL)
+_TOKENS_OF_ANSWER: dict[JudgedMetric, int] = {"instag": 150, "difficulty": 50}
+
+T = TypeVar("T")
+
+
+def score_instag(judge: Judge, examples: Sequence[Example]) -> list[Score]:
+    """The column `instag`: how many different tags the judge gives.
+
+    Tags are compared as `parse_tags` writes them. The paper's reference code counts `"tag":` in
+    the answer, which makes the tags of an error message 0: here they are null.
+
+    Args:
+      judge: who is asked, perhaps with a prompt of the user's.
+      examples: of status `ok`.
+
+    Returns:
+      One score per example, in order; null with a reason where the judge gave none.
+
+    Raises:
+      GradjaxError: as `Judge.ask` does.
+    """
+    tags = judge.ask([*_prompts(judge, "instag", examples)], parse_tags)
+    return [_score("instag", answer, len) for answer in tags]
+
+
+def score_difficulty(judge: Judge, examples: Sequence[Example]) -> list[Score]:
+    """The column `difficulty`: the judge's rating from 1 to 10. See `score_instag`."""
+    ratings = judge.ask([*_prompts(judge, "difficulty", examples)], parse_difficulty)
+    return [_score("difficulty", answer, float) for answer in ratings]
+
+
+def is_retriable(score: Score) -> bool:
+    """Whether the endpoint is to blame for a missing score: asked again, it may be there.
+
+    False for a row that the judge did answer, three times without a usable answer.
+    """
+    return score.reason.startswith(_NO_ANSWER)
+
+
+def judged_tags(judge: Judge, examples: Sequence[Example]) -> list[list[str] | None]:
+    """The tags behind `instag`, from the cache alone; None for a row without."""
+    prompts = _prompts(judge, "instag", examples)
+    with open_cache(judge.cache, read_only=True) as cache:
+        return [judge.cached(cache, prompt, parse_tags) for prompt in prompts]
+
+
+def tag_coverage(tags: Iterable[Sequence[str] | None]) -> int:
+    """The tag vocabulary of a set: how many different tags its rows have."""
+    return len({tag for row in tags for tag in row or ()})
+
+
+def parse_tags(answer: str) -> list[str] | None:
+    """The different tags in an answer, in lower case, `-`, `_` and `/` as spaces.
+
+    Takes JSON alone, in a fence or with text around it: a list, or an object with a list under
+    `tags`, of strings or of objects with a `tag`. None for anything else, and for no tags.
+    """
+    found = [tags for value in _json_values(answer) if (tags := _tags(value))]
+    return found[0] if found and all(tags == found[0] for tags in found) else None
+
+
+def parse_difficulty(answer: str) -> float | None:
+    """The rating in an answer, as JSON or as a first line that holds nothing else.
+
+    Takes a number, or an object with one under `difficulty`, `score` or `rating`; from 1 to 10.
+    None for anything else: a range, two ratings that differ, a number outside.
+    """
+    first_line = _after_thinking(answer).strip().partition("\n")[0]
+    values = [*_json_values(answer), first_line]
+    found = {rating for value in values for rating in _ratings(value)}
+    rating = found.pop() if len(found) == 1 else None
+    return float(rating) if rating is not None and 1 <= rating <= 10 else None
+
+
+def read_prompt(path: str | Path) -> str:
+    """The prompt in a user's file.
+
+    Raises:
+      GradjaxError: if it cannot be read, or {instruction} is not in it.
+    """
+    try:
+        prompt = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GradjaxError(f"--judge_prompt={path} cannot be read as text ({error})") from error
+    if PLACEHOLDER not in prompt:
+        raise GradjaxError(
+            f"--judge_prompt={path} has no {PLACEHOLDER}: expected it where the row's instruction "
+            "is to stand"
+        )
+    return prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgePlan:
+    """What judging takes at least: unusable answers are asked for up to twice more."""
+
+    metric: JudgedMetric
+    rows: int
+    cached: int
+    requests: int  # equal prompts are one
+    prompt_characters: int  # of the requests
+
+    @property
+    def input_tokens(self) -> int:
+        """Estimated: a token is 4 characters of English, fewer of other languages."""
+        return -(-self.prompt_characters // 4)
+
+    @property
+    def output_tokens(self) -> int:
+        """Estimated from answers of this form; a model that thinks first writes many more."""
+        return self.requests * _TOKENS_OF_ANSWER[self.metric]
+
+    def cost(self, price_in: float, price_out: float) -> float:
+        """In the currency of the prices, which are per million tokens."""
+        return (self.input_tokens * price_in + self.output_tokens * price_out) / 1e6
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric}: {self.rows:,} rows, {self.cached:,} of them answered before, "
+            f"{self.requests:,} requests, about {self.input_tokens:,} tokens in "
+            f"({self.prompt_characters:,} characters / 4) and {self.output_tokens:,} out"
+        )
+
+
+def plan_judging(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> JudgePlan:
+    """What a metric would ask of the endpoint; asks and writes nothing."""
+    prompts = _prompts(judge, metric, examples)
+    cached, missing = 0, {}
+    with open_cache(judge.cache, read_only=True) as cache:
+        for prompt in prompts:
+            if judge.cached(cache, prompt, _PARSERS[metric]) is None:
+                missing[judge.key(prompt)] = len(prompt)
+            else:
+                cached += 1
+    return JudgePlan(metric, len(examples), cached, len(missing), sum(missing.values()))
+
+
+def batch_lines(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
+    """Lines of a Batch-API file: a metric's requests whose answers are not in the cache."""
+    seen = set()
+    with open_cache(judge.cache, read_only=True) as cache:
+        for prompt in _prompts(judge, metric, examples):
+            key = judge.key(prompt)
+            if key not in seen and judge.cached(cache, prompt, _PARSERS[metric]) is None:
+                seen.add(key)
+                yield batch_line(judge, metric, prompt)
+
+
+def write_batch(path: str | Path, lines: Iterable[str]) -> None:
+    """Makes or replaces a file of lines, at once.
+
+    Raises:
+      GradjaxError: if it cannot be written.
+    """
+    target = Path(path).expanduser()
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise GradjaxError(
+            f"--judge_batch={path} cannot be written ({error.strerror}): give another file"
+        ) from error
+
+
+def read_batch_results(judge: Judge, path: str | Path) -> tuple[int, list[str]]:
+    """Puts the answers of a Batch-API results file into the cache.
+
+    Returns:
+      How many there were, and of each other line its number, its request and its fault.
+
+    Raises:
+      GradjaxError: if the file cannot be read, or the cache not be written.
+    """
+    kept, faults = 0, []
+    try:
+        lines = Path(path).expanduser().read_bytes().splitlines()
+    except OSError as error:
+        raise GradjaxError(
+            f"--judge_batch_results={path} cannot be read ({error.strerror}): give the results "
+            "file of the batch"
+        ) from error
+    with open_cache(judge.cache) as cache:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            metric, key, content = batch_answer(line)
+            parse = _PARSERS.get(metric)
+            if isinstance(content, str) and (not parse or parse(content) is None):
+                content = unparsable(content)
+            if isinstance(content, Failure):
+                faults.append(f"{path} line {number} ({metric} {key}): {content.reason}")
+            else:
+                keep(cache, key, content)
+                kept += 1
+    return kept, faults
+
+
+def own_prompt(metric: JudgedMetric) -> str:
+    """What a metric asks by default, with {instruction} in it."""
+    return (Path(__file__).parent / "prompts" / f"{metric}.txt").read_text(encoding="utf-8")
+
+
+def _prompts(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
+    prompt = own_prompt(metric) if judge.prompt is None else judge.prompt
+    # One pass: what a row holds is not looked into, not even for the placeholder.
+    return (prompt.replace(PLACEHOLDER, example.instruction) for example in examples)
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"instag": parse_tags, "difficulty": parse_difficulty}
+
+
+def _score(column: JudgedMetric, answer: T | Failure, value: Callable[[T], float]) -> Score:
+    if not isinstance(answer, Failure):
+        return Score({column: value(answer)})
+    what = "judge: no usable answer" if answer.answered else _NO_ANSWER
+    return Score({column: None}, reason=f"{what} ({answer.reason})")
+
+
+def _json_values(answer: str) -> Iterator[Any]:
+    """The JSON in an answer: the whole, in fences, or from the first bracket to the last."""
+    text = _after_thinking(answer)
+    if (whole := _json(text)) is not None:
+        yield whole
+        return
+    first = re.search(r"[\[{]", text)
+    last = max(text.rfind("]"), text.rfind("}"))
+    texts = _FENCED.findall(text) or ([text[first.start() : last + 1]] if first else [])
+    yield from (value for text in texts if (value := _json(text)) is not None)
+
+
+def _json(text: str) -> Any:
+    """Parsed JSON; None where there is none, or an object has a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _after_thinking(answer: str) -> str:
+    # Local servers leave what a model thinks in its answer.
+    return answer.rpartition("</think>")[2]
+
+
+def _tags(value: Any) -> list[str]:
+    items = value.get("tags", [value]) if isinstance(value, dict) else value
+    if not isinstance(items, list):
+        return []
+    names = [item.get("tag") if isinstance(item, dict) else item for item in items]
+    if not all(isinstance(name, str) for name in names):
+        return []
+    words = [re.sub(r"[\s/_-]+", " ", str(name).casefold()).strip() for name in names]
+    return [tag for tag in dict.fromkeys(words) if tag]
+
+
+def _ratings(value: Any) -> list[int | float]:
+    """The numbers that a JSON value gives as ratings."""
+    if isinstance(value, dict):
+        return [rating for key in _RATING_KEYS for rating in _ratings(value.get(key))]
+    if isinstance(value, str):
+        found = _RATING.fullmatch(value.lstrip("#*_ ").rstrip("*_. \t\r"))
+        return [float(found[1])] if found else []
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
+    return []

@@ -1,0 +1,164 @@
+"""Language models as judges of text: mean losses of token sequences, forward passes only."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from transformers import PreTrainedTokenizerFast
+
+from gradjax.compute import default_batch_tokens
+from gradjax.data.batches import BatchPlan, make_batch, plan_batches
+from gradjax.device import device_memory
+from gradjax.errors import GradjaxError, out_of_memory
+from gradjax.gradients.factored import HEAD_CHUNK
+from gradjax.model import decoder, gpt2
+from gradjax.model.pretrained import load_weights
+from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
+from gradjax.structs import TokenBatch, TokenizedExample
+
+GPT2 = "gpt2"
+_GPT2_REPO = "openai-community/gpt2"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model of any family that predicts next tokens, with its tokenizer."""
+
+    name: str  # as it was asked for
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
+    window: int  # tokens that a sequence may have
+    hidden_states: Callable[[Array], Array]  # tokens [B, T] -> [B, T, D], before the final norm
+    head: tuple[Array, ...]  # weights of the final norm and the output head
+    project_logits: Callable[..., Array]  # head, then [*B, D] -> [*B, V]
+
+
+def resolve_language_model(name: str, *, weights: bool = True) -> Checkpoint:
+    """The checkpoint of a name as of `load_language_model`; see `registry.resolve`."""
+    return resolve(_GPT2_REPO if name == GPT2 else name, weights=weights, flag="ifd_model")
+
+
+def load_language_model(name: str) -> LanguageModel:
+    """A model in float32 on the default device.
+
+    Args:
+      name: `gpt2`, or as of `--model`: a registered name, a Hub repo or a local directory, of
+        GPT-2's architecture or one of the decoder's.
+
+    Raises:
+      GradjaxError: if there is no such model, or its files are not what a checkpoint of these
+        architectures holds.
+    """
+    checkpoint = resolve_language_model(name)
+    directory = checkpoint.directory
+    tokenizer = load_tokenizer(directory)
+    if gpt2.is_gpt2(directory):
+        weights = gpt2.load_gpt2(directory)
+        hidden_states, project_logits = gpt2.hidden_states, gpt2.project_logits
+        head = (weights.final_norm[...], weights.final_norm_bias[...], weights.embedding[...])
+    else:
+        weights = load_weights(checkpoint, "float32", random_init=False, seed=0)
+        hidden_states, project_logits = decoder.hidden_states, decoder.project_logits
+        head = (weights.final_norm[...], weights.output_table)
+    config = weights.config
+    return LanguageModel(
+        name=name,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        window=config.max_positions,
+        hidden_states=partial(hidden_states, weights),
+        head=head,
+        project_logits=partial(project_logits, config),
+    )
+
+
+def mean_losses(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> np.ndarray:
+    """Each sequence's mean of `-log p(token | tokens before it)` over its targets, in nats.
+
+    float64 [len(sequences)], from losses in float32. NaN where a sequence has no target but
+    its first token, which nothing predicts. A sequence's number depends on the others by no
+    more than rounding.
+
+    Raises:
+      GradjaxError: if a sequence is longer than the model's window or has a token outside of
+        its vocabulary, or a batch does not fit the device's memory.
+    """
+    means = np.full(len(sequences), np.nan)
+    rows = [i for i, sequence in enumerate(sequences) if sequence.targets[1:].any()]
+    scored = [sequences[row] for row in rows]
+    _check(model, scored)
+    for plan in _plan([sequence.num_tokens for sequence in scored]):
+        means[[rows[i] for i in plan.rows]] = _batch_means(model, make_batch(plan, scored))
+    return means
+
+
+def _check(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> None:
+    for sequence in sequences:
+        where = f"group {sequence.example.group} row {sequence.example.example_id}"
+        if sequence.num_tokens > model.window:
+            raise GradjaxError(
+                f"{where} has {sequence.num_tokens} tokens, and {model.name} takes at most "
+                f"{model.window}: lower --max_length."
+            )
+        if (largest := sequence.tokens.max()) >= model.vocab_size:
+            raise GradjaxError(
+                f"{where}: the tokenizer gives token id {largest}, outside the vocabulary of "
+                f"{model.vocab_size} of {model.name}: use the tokenizer that belongs to this "
+                "checkpoint."
+            )
+
+
+def _plan(lengths: Sequence[int]) -> list[BatchPlan]:
+    """Batches of shapes that recur from call to call: each new one costs a compilation."""
+    plans = plan_batches([_round_up(n, 32) for n in lengths], default_batch_tokens())
+    return [dataclasses.replace(plan, size=_round_up(plan.size, 1)) for plan in plans]
+
+
+def _round_up(n: int, least: int) -> int:
+    """The next of few numbers: multiples of `least`, but only four to each doubling."""
+    step = max(least, 2 ** max((n - 1).bit_length() - 3, 0))
+    return -(-n // step) * step
+
+
+def _batch_means(model: LanguageModel, batch: TokenBatch) -> np.ndarray:
+    """The mean losses of a batch whose rows all have targets; float64 [rows]."""
+    # The states at `before` predict the token after; losses are summed row by row.
+    slots, before = np.nonzero(batch.targets[:, 1:])
+    labels = batch.tokens[slots, before + 1]
+    try:
+        states = np.asarray(model.hidden_states(jnp.asarray(batch.tokens)))[slots, before]
+        losses = [
+            _token_losses(model.project_logits, model.head, *chunk)
+            for chunk in zip(_chunks(states), _chunks(labels), strict=True)
+        ]
+        total = np.bincount(slots, np.concatenate(losses)[: len(slots)])
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        size, length = batch.tokens.shape
+        raise GradjaxError(
+            f"a batch of {size} rows of {length} tokens does not fit the "
+            f"{device_memory() / 2**30:.0f} GiB of this device beside {model.name}: lower "
+            "--max_length or use a smaller model."
+        ) from error
+    return total / np.bincount(slots)
+
+
+def _chunks(array: np.ndarray) -> np.ndarray:
+    """[N, ...] -> [chunks, HEAD_CHUNK, ...], the last filled up with zeros: logits are wide."""
+    padding = np.zeros((-len(array) % HEAD_CHUNK, *array.shape[1:]), array.dtype)
+    return np.concatenate([array, padding]).reshape(-1, HEAD_CHUNK, *array.shape[1:])
+
+
+@partial(jax.jit, static_argnums=0)
+def _token_losses(
+    project_logits: Callable[..., Array],
+    head: tuple[Array, ...],
+    states: Float[Array, "N D"],
+    labels: Int[Array, " N"],
+) -> Float[Array, " N"]:
+    return decoder.token_losses(project_logits(*head, states), labels)

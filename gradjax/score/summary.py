@@ -1,0 +1,33 @@
+"""What a scoring ends with: each group's distribution of each metric, and what is missing."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from gradjax.report.values import KEY
+from gradjax.score.run import read_scores
+
+_KEYS = [*KEY, "row_hash", "status", "reason"]
+
+
+def format_scores(directory: str | Path) -> str:
+    """For a terminal: rows with a number, without one, and quartiles; then why rows have none."""
+    table = read_scores(directory)
+    rows = []
+    for group, part in table.groupby("group", sort=False):
+        for name in table.columns.drop(_KEYS):
+            known = part[name].dropna().astype(float)
+            # Every row has a place among the others; ties tell how finely the metric sees.
+            row = {"group": group, "metric": name, "rows": len(known)}
+            row |= {"missing": len(part) - len(known), "distinct": known.nunique()}
+            quartiles = known.quantile([0, 0.25, 0.5, 0.75, 1])
+            rows.append(row | dict(zip(_QUARTILES, quartiles, strict=True)))
+    text = pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format)
+    missing = table.loc[table["reason"].notna(), ["group", "status", "reason"]]
+    counts = missing.value_counts().head(_MOST).reset_index().to_dict("records")
+    lines = [f"{r['group']}: {r['count']} rows {r['status']}: {r['reason']}" for r in counts]
+    return "\n".join([text, *lines])
+
+
+_QUARTILES = ("min", "25 %", "median", "75 %", "max")
+_MOST = 12  # kinds of reasons shown

@@ -1,0 +1,219 @@
+"""Scores and rows -> a selection's files: what `python -m gradjax.select` does."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from absl import logging
+
+from gradjax.data.examples import to_example
+from gradjax.errors import GradjaxError
+from gradjax.places import LocalPlace
+from gradjax.select.choose import HIGH, LOW, RANDOM, RANGE, Choice, choose
+from gradjax.select.rule import Rule
+from gradjax.select.sources import CHARACTERS, KEYS, Scored, chosen_rows, read_scored
+from gradjax.select.summary import format_summary, summarize
+from gradjax.structs import PROJECTIONS
+
+SUMMARY = "summary.json"
+REJECTED = "rejected.parquet"
+_PARTS = [f"{part}.{kind}" for part in (HIGH, LOW, RANGE, RANDOM) for kind in ("jsonl", "parquet")]
+_CHUNK = 1000  # rows made into a table at once
+_TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
+_TEXTS = pa.schema(
+    [("instruction", pa.string()), ("output", pa.string()), ("messages", pa.list_(_TURN))]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """The flags of `gradjax.select`."""
+
+    rule: Rule
+    scores: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    layers: str = "all"
+    projections: tuple[str, ...] = PROJECTIONS
+    output_dir: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if "://" in (self.output_dir or ""):
+            raise GradjaxError(
+                f"--output_dir={self.output_dir} is a URL; give a directory on this machine"
+            )
+
+    @property
+    def by(self) -> str:
+        """The metrics with their weights, as in `--by`."""
+        terms = self.rule.by
+        return ",".join(t.metric if t.weight == 1 else f"{t.metric}*{t.weight}" for t in terms)
+
+    @property
+    def directory(self) -> Path:
+        """Where to write."""
+        if self.output_dir:
+            return Path(self.output_dir).expanduser()
+        return Path("selections") / re.sub(r"[^A-Za-z0-9._-]+", "-", self.by)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the selection depends on, beside the scores' and the rows' own contents."""
+        amounts = {name: getattr(self.rule, name) for name in ("top", "bottom", "random")}
+        return {
+            "scores": sorted(set(self.scores)),
+            "data": sorted(self.data),
+            "by": self.by,
+            **{name: amount and str(amount) for name, amount in amounts.items()},
+            "range": self.rule.range and list(map(str, self.rule.range)),
+            "match_length": self.rule.match_length,
+            "layers": self.layers,
+            "projections": list(self.projections),
+            "seed": self.rule.seed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A selection: where it is, and its summary for a terminal."""
+
+    directory: Path
+    text: str
+
+
+def write_selection(config: SelectConfig) -> Written:
+    """Chooses rows and writes them, the summary last: without it a selection is not finished.
+
+    Raises:
+      GradjaxError: if scores or rows cannot be read or do not belong together, more rows are asked
+        for than there are, or the directory holds something else.
+    """
+    place = LocalPlace(config.directory)
+    _require_free(place, config)
+    logging.info("Reading scores")
+    rule = config.rule
+    scored = read_scored(
+        config.scores,
+        config.data,
+        [term.metric for term in rule.by],
+        config.layers,
+        config.projections,
+        lengths=rule.match_length,
+    )
+    choice = choose(scored.keys, scored.metrics, rule)
+    chosen = np.unique(np.concatenate(list(choice.parts.values())))
+    logging.info("Reading the %d rows chosen of %d", len(chosen), len(scored.keys))
+    lines, characters = chosen_rows(scored.keys, chosen, scored.sources)
+    if scored.length_of == CHARACTERS:
+        scored.keys.loc[list(characters), "length"] = list(characters.values())
+    summary = summarize(scored, choice, rule)
+    _warn_of_ties(choice)
+    with place.lock(0):
+        _write_files(place, scored, choice, lines)
+        text = json.dumps({"settings": config.settings, **summary}, indent=2) + "\n"
+        place.put(SUMMARY, text.encode())
+    return Written(config.directory, format_summary(summary, config.by))
+
+
+def _require_free(place: LocalPlace, config: SelectConfig) -> None:
+    """Raises GradjaxError where a directory holds anything but a selection that may be replaced."""
+    found = set(place.names())
+    if strangers := sorted(found - {".tmp", SUMMARY, REJECTED, *_PARTS}):
+        raise GradjaxError(
+            f"{place.directory} is not a selection (found {', '.join(strangers[:3])}); give an "
+            "empty or new directory with --output_dir"
+        )
+    if config.overwrite or SUMMARY not in found:
+        return
+    try:
+        there = json.loads(place.read(SUMMARY) or b"")["settings"]
+        differing = [name for name, now in config.settings.items() if there[name] != now]
+    except (ValueError, TypeError, LookupError) as error:
+        raise GradjaxError(
+            f"{place.directory / SUMMARY} is damaged ({error}); replace the selection with "
+            "--overwrite"
+        ) from error
+    if differing:
+        raise GradjaxError(
+            f"{place.directory} holds a selection with other settings ({', '.join(differing)}); "
+            "give another --output_dir, or replace it with --overwrite"
+        )
+
+
+def _write_files(
+    place: LocalPlace, scored: Scored, choice: Choice, lines: Mapping[int, bytes]
+) -> None:
+    """Writes every file but the summary aside, then puts all in their places."""
+    work = place.directory / ".tmp"
+    with place.faults("write to"):
+        for part, rows in choice.parts.items():
+            with (work / f"{part}.jsonl").open("wb") as file:
+                file.writelines(lines[row] + b"\n" for row in rows)
+            _write_parquet(work / f"{part}.parquet", _part_tables(scored, choice, rows, lines))
+        _write_parquet(work / REJECTED, [_rejected_table(scored, choice)])
+        new = sorted(path.name for path in work.iterdir() if path.name != "lock")
+        old = {SUMMARY, *_PARTS} & set(place.names()) - set(new)
+        place.remove(sorted(old, key=SUMMARY.__ne__))  # the summary first: it vouches for the rest
+        for name in new:
+            with (work / name).open("rb") as file:
+                os.fsync(file.fileno())
+            (work / name).replace(place.directory / name)
+
+
+def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
+    tables = iter(tables)
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        for table in itertools.chain([first], tables):
+            writer.write_table(table)
+
+
+def _part_tables(
+    scored: Scored, choice: Choice, rows: np.ndarray, lines: Mapping[int, bytes]
+) -> Iterator[pa.Table]:
+    """Keys, metrics and texts, chunk by chunk: gradjax reads them as it does the JSON lines."""
+    columns = {name: scored.keys[name].iloc[rows] for name in KEYS}
+    columns["selection_value"] = pd.Series(choice.value[rows])
+    columns |= {str(name): scored.metrics[name].iloc[rows] for name in scored.metrics}
+    numbers = pa.table({name: pa.Array.from_pandas(column) for name, column in columns.items()})
+    for at in range(0, len(rows), _CHUNK):
+        texts = [_texts(json.loads(lines[row])) for row in rows[at : at + _CHUNK]]
+        table = numbers.slice(at, _CHUNK)
+        for column, field in zip(zip(*texts, strict=True), _TEXTS, strict=True):
+            table = table.append_column(field, pa.array(column, field.type))
+        yield table
+
+
+def _texts(row: object) -> tuple[str | None, str | None, list[dict[str, str]] | None]:
+    """Instruction and output of a question and its answer; else the turns."""
+    messages = to_example(row, "", 0).messages
+    if [message.role for message in messages] == ["user", "assistant"]:
+        return messages[0].content, messages[1].content, None
+    return None, None, [dataclasses.asdict(message) for message in messages]
+
+
+def _rejected_table(scored: Scored, choice: Choice) -> pa.Table:
+    """Every row that was not chosen, what kept it out, and its own reason if it was not usable."""
+    out = choice.why != ""
+    own = scored.keys["reason"].to_numpy(object)[out]
+    unusable = np.isnan(choice.value[out]) & (own != "")
+    reasons = choice.why[out]
+    reasons[unusable] += ": " + own[unusable]
+    columns = {name: pa.Array.from_pandas(scored.keys.loc[out, name]) for name in KEYS}
+    columns["selection_value"] = pa.Array.from_pandas(choice.value[out])
+    return pa.table({**columns, "reason": pa.array(reasons, pa.string())})
+
+
+def _warn_of_ties(choice: Choice) -> None:
+    high, low = choice.cutoffs.get(HIGH), choice.cutoffs.get(LOW)
+    if high and low and high.value == low.value:
+        logging.warning("high and low share the value %g: it does not tell them apart", high.value)

@@ -1,0 +1,167 @@
+#!/usr/bin/env bash
+# Runs the paper's experiments again: bash launch/paper.sh --table=N [-- flags of gradjax.main]
+set -euo pipefail
+
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=launch/cluster.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
+
+usage() {
+  cat <<'END'
+Runs experiments of the paper (arXiv 2504.10766) again, on this machine.
+
+  bash launch/paper.sh --table=N [settings] [-- flags of gradjax.main]
+
+  --table=N                 those of one table, 1 to 60
+  --figure=families         the nine models side by side, on the reasoning data
+  --all                     every one
+  --output_dir=runs/paper   where samples, scores, selections, runs and reports go
+  --dry_run                 shows the commands, runs none
+
+  bash launch/paper.sh --table=5 -- --batch_tokens=16384
+
+configs/paper.csv says what the experiments are. Each is a sample of a data set, its scores, the
+highest and lowest rows, their spectra, and a report beside the paper's numbers. What several
+experiments share is made once. When the same command is given again, what is finished stays and
+the rest goes on.
+
+InsTag and difficulty are asked of gpt-4o: JUDGE_BASE_URL names the endpoint and costs money
+(https://api.openai.com/v1). A data set that has to be fetched by hand is taken from
+OUTPUT_DIR/data/NAME.jsonl, where gradjax.prepare --source=FILE --output=... has put it.
+END
+}
+
+# step OUTPUT COMMAND...: makes OUTPUT, unless the same command has made it since all of $inputs.
+# shellcheck disable=SC2154 # dry_run is set by cluster.sh
+step() {
+  local output=$1 stamp=$1.done input line stale=""
+  shift
+  if [[ ${seen[$output]:-} ]]; then return; fi
+  seen[$output]=1
+  line=$(quoted "$@")
+  if [[ $dry_run || ! -e $output || ! -e $stamp || $(<"$stamp") != "$line" ]]; then stale=true; fi
+  for input in "${inputs[@]}"; do
+    if [[ $input -nt $stamp ]]; then stale=true; fi
+  done
+  if [[ ! $stale ]]; then
+    say "$output is there"
+    return
+  fi
+  run "$@" </dev/null
+  if [[ ! $dry_run ]]; then echo "$line" >"$stamp"; fi
+}
+
+# program NAME FLAGS...: sets command, which runs python -m gradjax.NAME.
+program() {
+  command=("$VENV/bin/python" -P -m "gradjax.$1" "${@:2}")
+}
+
+# prepare NAME ROWS: sets file, that many rows of a registered data set.
+prepare() {
+  file=$output_dir/data/$1.jsonl
+  inputs=()
+  program prepare --dataset="$1" --sample="$2" --seed=0 --output="$file"
+  # A file with a checksum is whole, and may have been prepared by hand.
+  if [[ $dry_run || ! -e $file || ! -e $file.sha256 ]]; then step "$file" "${command[@]}"; fi
+  inputs=("$file.sha256")
+}
+
+# select_rows NAME: sets selection, where the highest and lowest rows of a data set by $metric are.
+select_rows() {
+  local by=${metric%%_*} scores=$output_dir/scores/$1_$metric settings=()
+  selection=$output_dir/selections/$1_$metric
+  case $metric in
+    ifd_gpt2) settings=(--ifd_model=gpt2) ;;
+    ifd_qwen7b) settings=(--ifd_model=qwen2.5_7b) ;;
+    reward) settings=(--reward_model=sfairXC/FsfairX-LLaMA3-RM-v0.1) ;;
+    instag | difficulty)
+      [[ $dry_run || ${JUDGE_BASE_URL:-} ]] ||
+        fail "JUDGE_BASE_URL is not set; $metric asks gpt-4o at an OpenAI-compatible endpoint, as in" \
+          "JUDGE_BASE_URL=https://api.openai.com/v1."
+      settings=(--judge_base_url="${JUDGE_BASE_URL:-\$JUDGE_BASE_URL}" --judge_model=gpt-4o)
+      ;;
+    *) fail "configs/paper.csv has the metric $metric, which this script does not know." ;;
+  esac
+  prepare "$1" 10000
+  program score --data="$1=$file" --metrics="$by" "${settings[@]}" --output_dir="$scores"
+  step "$scores" "${command[@]}"
+  inputs=("$scores.done")
+  program select --scores="$scores" --by="$by" --top="$rows" --bottom="$rows" \
+    --output_dir="$selection"
+  step "$selection" "${command[@]}"
+  inputs=("$selection.done")
+}
+
+# group NAME or NAME:top or NAME:bottom: sets file, a sample or the selected rows of one.
+group() {
+  case $1 in
+    *:top)
+      select_rows "${1%:*}"
+      file=$selection/high.jsonl
+      ;;
+    *:bottom)
+      select_rows "${1%:*}"
+      file=$selection/low.jsonl
+      ;;
+    *) prepare "$1" "$rows" ;;
+  esac
+}
+
+# measure: sets spectra, the run of $model on the groups $high and $low.
+measure() {
+  local high_file made=()
+  spectra=$output_dir/runs/${model}_${dataset}_$metric
+  group "$high"
+  high_file=$file
+  made+=("${inputs[@]}")
+  group "$low"
+  made+=("${inputs[@]}")
+  program main --flagfile="$root/configs/$model.flags" --data="high=$high_file" \
+    --data="low=$file" --output_dir="$spectra" "${flags[@]}"
+  inputs=("${made[@]}")
+  step "$spectra" "${command[@]}"
+  inputs=("$spectra.done")
+}
+
+# recipe KIND NUMBER: a table's experiments with a report each, a figure's with one of all.
+recipe() {
+  local experiment kind number model dataset metric high low rows runs=() made=()
+  for experiment in "${experiments[@]}"; do
+    IFS=, read -r kind number model dataset metric high low rows <<<"$experiment"
+    if [[ $kind,$number != "$1,$2" ]]; then continue; fi
+    measure
+    runs+=(--run="$spectra")
+    made+=("${inputs[@]}")
+    if [[ $kind == table ]]; then
+      program report --run="$spectra" --compare=high:low --published="$dataset/$metric"
+      step "$spectra/report" "${command[@]}"
+    fi
+  done
+  ((${#runs[@]})) || fail "--$1=$2: configs/paper.csv has no such $1; it has tables 1 to 60 and the" \
+    "figure families (the paper's other figures are in the reports of the tables)."
+  if [[ $1 == figure ]]; then
+    inputs=("${made[@]}")
+    program report "${runs[@]}" --compare=high:low --output_dir="$output_dir/figures/$2"
+    step "$output_dir/figures/$2" "${command[@]}"
+  fi
+}
+
+table="" figure="" all="" output_dir=runs/paper
+read_settings "table= figure= all dry_run output_dir=" "$@"
+mapfile -t experiments < <(tail -n +2 "$root/configs/paper.csv")
+declare -A seen=()
+if [[ ! $dry_run ]]; then
+  ensure_environment requirements.txt
+  mkdir -p "$output_dir"/{data,scores,selections,runs,figures}
+fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+case ${table:+table}${figure:+figure}${all:+all} in
+  table) recipe table "$table" ;;
+  figure) recipe figure "$figure" ;;
+  all)
+    mapfile -t recipes < <(printf '%s\n' "${experiments[@]}" | cut -d, -f1,2 | uniq)
+    for one in "${recipes[@]}"; do recipe "${one%,*}" "${one#*,}"; done
+    ;;
+  *) fail "give one of --table=N, --figure=NAME and --all (see --help)." ;;
+esac
