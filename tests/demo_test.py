@@ -125,6 +125,23 @@ def test_no_demo_problem_has_the_numbers_of_a_training_problem(rows):
     assert not solutions & {tuple(EQUATION.findall(row["output"])) for row in rows["slow"]}
 
 
+def test_mixed_rows_are_what_their_kind_says(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    command = [sys.executable, "-m", "gradjax.demo.mixed", "--rows=301", f"--output={path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    mixed = [json.loads(line) for line in path.read_text().splitlines()]
+    assert mixed == problems.mixed_rows(301, seed=0)
+    assert mixed != problems.mixed_rows(301, seed=1)
+    assert len({row["instruction"] for row in mixed}) == 301
+    for kind in problems.DEMO_GROUPS:
+        outputs = [row["output"] for row in mixed if row["kind"] == kind]
+        assert 70 < len(outputs) < 130
+        assert f"{len(outputs)} {kind}" in done.stdout
+        right = [[a == b for a, b, _ in equations(output)] for output in outputs]
+        expected = {"slow": {True}, "fast": set(), "corrupted": {False}}[kind]
+        assert all(set(results) == expected for results in right)
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
