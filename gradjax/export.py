@@ -7,7 +7,6 @@ input order, cosines as whole matrices.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 from absl import flags, logging
 
 from gradjax.errors import GradjaxError
-from gradjax.places import as_directory
+from gradjax.places import as_directory, whole_file
 from gradjax.program import start
 from gradjax.store import read_manifest, read_table
 from gradjax.structs import PROJECTIONS
@@ -124,21 +123,11 @@ def export(directory: str | Path, group: str, output: Path) -> int:
     Raises:
       GradjaxError: as `reference_rows`, or if the file cannot be written.
     """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
     count = 0
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in reference_rows(directory, group):
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                count += 1
-        temporary.replace(output)
-    except OSError as error:
-        raise GradjaxError(
-            f"--output={output} cannot be written ({error.strerror}); give a path in a writable "
-            "directory"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in reference_rows(directory, group):
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
     return count
 
 

@@ -20,8 +20,8 @@ from gradjax.structs import PROJECTIONS
 
 MODEL = "registered name (gemma2_2b), Hub repo (google/gemma-2-2b) or local directory"
 DATA = """[GROUP=]SOURCE, repeatable. SOURCE: a .json, .jsonl or .parquet file, a saved datasets
-directory, a Hub data set (ORG/NAME), a registered one (gradjax.prepare --list) or demo. GROUP:
-the file's stem if not given"""
+directory, a Hub data set (ORG/NAME), one of gradjax.prepare --list, or demo.
+GROUP: the file's stem if not given"""
 OUTPUT_DIR = """the store's directory; a run that stopped there goes on (default: runs/{model},
 runs/demo for the embedded model)"""
 PROMPT_FORMAT = """plain: instruction, newline, output, as in the paper; chat: the tokenizer's

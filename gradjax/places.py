@@ -51,6 +51,28 @@ def open_place(directory: str | Path) -> "LocalPlace | RemotePlace":
     return RemotePlace(directory) if isinstance(directory, str) else LocalPlace(directory)
 
 
+@contextmanager
+def whole_file(target: Path, flag: str = "output") -> Iterator[Path]:
+    """A path to write to, whose file takes the place of `target` at the end: whole, or not at all.
+
+    Raises:
+      GradjaxError: if it cannot be written, naming `--flag`.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        raise GradjaxError(
+            f"{target} cannot be written ({error.strerror}); give a writable place with room left "
+            f"with --{flag}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class LocalPlace:
     """A directory. Files are put by a temporary name, fsync and rename; locks are flocks."""
 

@@ -760,5 +760,5 @@ class TestBatch:
         judge = make_judge("http://127.0.0.1:1/v1", tmp_path)
         with pytest.raises(GradjaxError, match=r"--judge_batch_results=.*none\.jsonl"):
             read_batch_results(judge, tmp_path / "none.jsonl")
-        with pytest.raises(GradjaxError, match=r"--judge_batch=.*file\.jsonl cannot be written"):
+        with pytest.raises(GradjaxError, match=r"file\.jsonl cannot be written.*--judge_batch"):
             write_batch(tmp_path / "none" / "file.jsonl", [])

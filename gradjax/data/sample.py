@@ -4,7 +4,6 @@ import collections
 import hashlib
 import heapq
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from gradjax.data.datasets import RegisteredDataset, fetch
 from gradjax.data.examples import to_example
 from gradjax.data.sources import registered_rows
 from gradjax.errors import GradjaxError
+from gradjax.places import whole_file
 from gradjax.structs import Example
 
 
@@ -81,26 +81,9 @@ def write_sample(
     digest = hashlib.sha256(data).hexdigest()
     drawn = f"{len(sample.rows)} of {sample.usable} rows of {dataset.name}, seed {seed}"
     checksum = output.with_name(f"{output.name}.sha256")
-    try:
+    with whole_file(output) as temporary:
+        temporary.write_bytes(data)
         checksum.unlink(missing_ok=True)
-        _put(output, data)
-        _put(checksum, f"# {drawn}, from {origin}\n{digest}  {output.name}\n".encode())
-    except OSError as error:
-        raise GradjaxError(
-            f"--output={output} cannot be written ({error.strerror}); give a path in a writable "
-            "directory"
-        ) from error
+    with whole_file(checksum) as temporary:
+        temporary.write_text(f"# {drawn}, from {origin}\n{digest}  {output.name}\n")
     return "\n".join([f"{drawn}, from {origin}", *dropped, f"sha256 {digest}  {output}"])
-
-
-def _put(file: Path, data: bytes) -> None:
-    """Makes or replaces a file at once, after its bytes are on disk."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ Groups and models differ in colour, marker and line style; on a page 7 inches wi
 smaller than 8 points. Figures are matplotlib's own objects, without pyplot and its global state.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from gradjax.errors import GradjaxError
+from gradjax.places import whole_file
 from gradjax.report.values import ALL, KEY, RunValues, example_values
 from gradjax.store import read_table
 from gradjax.structs import PROJECTIONS
@@ -197,18 +196,9 @@ def save(figure: Figure, path_without_suffix: str | Path) -> None:
     options: dict[str, dict[str, Any]] = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
     for suffix, settings in options.items():
         target = path.with_name(f"{path.name}.{suffix}")
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gradjax"}):
-                figure.savefig(temporary, format=suffix, **settings)
-            temporary.replace(target)
-        except OSError as error:
-            raise GradjaxError(
-                f"{target} cannot be written ({error.strerror}); give a writable directory with "
-                "--output_dir"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        style = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gradjax"})
+        with style, whole_file(target, "output_dir") as temporary:
+            figure.savefig(temporary, format=suffix, **settings)
 
 
 def _by_layer(run: RunValues, group: str, projection: str, statistic: str) -> Any:

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import numbers
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 from jinja2.utils import htmlsafe_json_dumps
 
-from gradjax.errors import GradjaxError
+from gradjax.places import whole_file
 
 PAGE_BYTES = 14_000_000  # what texts are cut for
 MOST_EXAMPLES = 10_000  # rows listed
@@ -79,17 +78,8 @@ def write_page(path: Path, page: Page) -> None:
     Raises:
       GradjaxError: if the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path, "output_dir") as temporary:
         temporary.write_text(render(page), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise GradjaxError(
-            f"{path} cannot be written ({error.strerror}); give an --output_dir that is writable "
-            "and has space left"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def render(page: Page) -> str:

@@ -8,13 +8,13 @@ guessed: such a row has no score, and its reason starts with `judge: `.
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradjax.errors import GradjaxError
+from gradjax.places import whole_file
 from gradjax.score.config import JudgedMetric
 from gradjax.score.endpoint import (
     Failure,
@@ -193,16 +193,8 @@ def write_batch(path: str | Path, lines: Iterable[str]) -> None:
     Raises:
       GradjaxError: if it cannot be written.
     """
-    target = Path(path).expanduser()
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(Path(path).expanduser(), "judge_batch") as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise GradjaxError(
-            f"--judge_batch={path} cannot be written ({error.strerror}): give another file"
-        ) from error
 
 
 def read_batch_results(judge: Judge, path: str | Path) -> tuple[int, list[str]]:
