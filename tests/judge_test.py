@@ -23,7 +23,6 @@ from gradjax.score.endpoint import Judge
 from gradjax.score.judge import (
     JudgePlan,
     batch_lines,
-    is_retriable,
     judged_tags,
     parse_difficulty,
     parse_tags,
@@ -148,6 +147,8 @@ class TestParseDifficulty:
             "7/8",
             "8 steps are needed",
             "I would say 7.",
+            "1.\nThe task is hard: 8",
+            '{"difficulty": ' * 700 + "3" + "}" * 700,
             "Difficulty: high",
             "Difficulty Score: 3, 5",
             "seven",
@@ -393,7 +394,9 @@ class TestMisbehaviour:
             (Reply(502, b"<html>\n<b>Bad gateway", NOW), "HTTP 502: <html> <b>Bad gateway"),
         ],
     )
-    def test_a_row_without_an_answer_is_retriable(self, fault: Reply, said: str, tmp_path: Path):
+    def test_a_row_without_an_answer_may_be_asked_again(
+        self, fault: Reply, said: str, tmp_path: Path
+    ):
         broken = {"bb"}
         with fake_endpoint(lambda p, _: fault if p in broken else rate(p)) as server:
             judge = make_judge(server.base_url, tmp_path, concurrency=1)
@@ -401,14 +404,43 @@ class TestMisbehaviour:
             assert difficulties([first, second, third]) == [1, None, 3]
             assert second.reason.startswith("judge: no answer (")
             assert said in second.reason
-            assert is_retriable(second)
-            assert not is_retriable(first)
             assert len(contents(judge)) == 2
             broken.clear()
             assert difficulties(scores_of(judge, "a", "bb", "ccc")) == [1, 2, 3]
         assert server.answered["a"] == server.answered["ccc"] == 1
 
-    def test_a_row_that_times_out_is_retriable(self, tmp_path: Path):
+    def test_what_is_being_answered_when_the_key_is_refused_is_kept(self, tmp_path: Path):
+        asked = threading.Event()
+
+        def behaviour(prompt: str, _: int) -> Reply:
+            if prompt == "a":
+                asked.wait(30)  # until the other has been refused
+                return rate(prompt)
+            threading.Timer(0.3, asked.set).start()
+            return error(401, "no")
+
+        with fake_endpoint(behaviour) as server:
+            judge = make_judge(server.base_url, tmp_path, concurrency=2)
+            with pytest.raises(GradjaxError, match="refuses"):
+                scores_of(judge, "a", "bb", "ccc")
+        assert len(contents(judge)) == 1
+        assert "ccc" not in server.prompts
+
+    def test_a_row_refused_in_a_later_call_is_not_taken_for_a_bad_key(self, tmp_path: Path):
+        with fake_endpoint(lambda p, _: error(403, "flagged") if p == "bb" else rate(p)) as server:
+            for _ in range(2):  # a judge each, as in two runs
+                judge = make_judge(server.base_url, tmp_path, concurrency=1)
+                assert difficulties(scores_of(judge, "a", "bb")) == [1, None]
+
+    def test_half_of_a_surrogate_pair_is_no_fault(self, tmp_path: Path):
+        said = '{"difficulty": 3, "reason": "\ud83d"}'
+        with fake_endpoint(lambda p, _: answer(said if p == "a" else "\ud83d\x1b[2J")) as server:
+            one, two = scores_of(make_judge(server.base_url, tmp_path), "a", "bb")
+        assert one.values == {"difficulty": 3}
+        assert two.reason.isascii()
+        assert two.reason.isprintable()
+
+    def test_a_row_that_times_out_is_no_answer(self, tmp_path: Path):
         with fake_endpoint(rate) as server:
             server.behaviour = lambda p, _: server.hang() if p == "bb" else rate(p)
             judge = make_judge(server.base_url, tmp_path, timeout=0.5, max_retries=1)
@@ -433,7 +465,6 @@ class TestMisbehaviour:
             scores = scores_of(judge, "a", "bb", "ccc")
         assert difficulties(scores) == [1, None, 3]
         assert scores[1].reason == f"judge: no usable answer ({said})"
-        assert not is_retriable(scores[1])
         assert len(contents(judge)) == 2
         temperatures = [body["temperature"] for body in server.bodies[1:4]]
         assert temperatures[0] == 0

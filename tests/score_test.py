@@ -1,5 +1,6 @@
 """`gradjax.score` from rows to the table, stopped, called again, and with other metrics."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import pandas as pd
 import pytest
 
 import gradjax
-from gradjax.config import RunConfig
+from gradjax.config import RunConfig, TokenSettings
 from gradjax.errors import GradjaxError
 from gradjax.run import run
 from gradjax.score import run as score_run
 from gradjax.score.config import FAMILIES, ScoreConfig
 from gradjax.score.run import plan, score
+from gradjax.score.summary import format_scores
 from tests.fake_endpoint import answer, error, fake_endpoint
 
 KEYS = ["group", "example_id", "row_hash"]
@@ -82,7 +84,7 @@ def test_every_row_has_its_place_and_why_it_has_no_number(rows, tmp_path):
     assert found["status"].tolist() == expected
     assert found["loss"].notna().tolist() == [status == "ok" for status in expected]
     assert found["reason"].notna().tolist() == [status != "ok" for status in expected]
-    assert "prompt_format" in found["reason"][4]
+    assert found["reason"][4] == "perplexity: 4 turns have no plain form"
     assert found["loss"][0] == found["loss"][5]
 
 
@@ -137,7 +139,8 @@ def test_metrics_and_groups_may_be_added(rows, tmp_path):
     more.write_text('{"instruction": "How many are 2 + 2?", "output": "4"}\n')
     added = table(Path(score(config(rows, directory, data=(f"g={rows}", f"more={more}")))))
     assert added["group"].tolist() == ["g"] * 7 + ["more"]
-    assert set(FAMILIES["ifd"]).isdisjoint(added)  # not every row has it
+    assert added["ifd"].notna().tolist() == [*both["ifd"].notna(), False]
+    assert "ifd: not scored yet" in added["reason"][7]
 
 
 @pytest.mark.smoke
@@ -145,8 +148,12 @@ def test_other_settings_are_refused(rows, tmp_path):
     directory = tmp_path / "out"
     before = table(Path(score(config(rows, directory))))
     cut = config(rows, directory, max_length=31)
-    with pytest.raises(GradjaxError, match=r"another max_length \(None there, 31 now\)"):
-        score(cut)
+    for asked in (score, plan):
+        with pytest.raises(GradjaxError, match=r"another max_length \(4096 there, 31 now\)"):
+            asked(cut)
+    assert plan(dataclasses.replace(cut, overwrite=True)) == [
+        "perplexity: 4 of 4 different rows to score"
+    ]
     after = table(Path(score(config(rows, directory, max_length=31, overwrite=True))))
     assert not after["loss"].equals(before["loss"])
 
@@ -164,7 +171,49 @@ def test_a_runs_statistics_come_along(gradients, tmp_path):
     np.testing.assert_allclose(found["spectral_norm"], means["spectral_norm"])
     np.testing.assert_allclose(found["entry_mean"], means["mean"])
     assert (found["status"] == "ok").all()
-    assert {"loss", "perplexity", "same_layer_cosine", "cross_layer_cosine"} <= set(found)
+    cosines = gradjax.open_run(gradients).similarity.query(
+        "layer_a < 2 and layer_b < 2 and projection == 'o'"
+    )
+    means = cosines.groupby(["group", "example_id"])["cosine"].mean().loc[found.index]
+    np.testing.assert_allclose(found["cross_layer_cosine"], means)
+    assert found["same_layer_cosine"].isna().all()  # no pair within o
+    kept = table(Path(score(ScoreConfig(("ifd",), ("demo",), tmp_path, limit=5, ifd_model="demo"))))
+    assert kept["effective_rank"].tolist() == found["effective_rank"].tolist()
+
+
+@pytest.mark.smoke
+def test_a_run_that_could_not_use_a_row_leaves_its_other_scores(rows, tmp_path):
+    asked = RunConfig(
+        data=(f"g={rows}",),
+        output_dir=tmp_path / "run",
+        tokens=TokenSettings(max_length=41, truncation="drop"),
+    )
+    run(asked)
+    both = config(rows, tmp_path / "out", "ifd", run=str(tmp_path / "run"))
+    found = table(Path(score(both)))
+    assert found["status"].tolist()[:2] == ["ok", "ok"]
+    assert found[["ifd", "effective_rank"]].notna().to_numpy()[:2].tolist() == [
+        [True, True],
+        [True, False],
+    ]
+    assert "run: " in found["reason"][1]
+
+
+@pytest.mark.smoke
+def test_a_model_that_cannot_be_had_leaves_the_directory_free(rows, tmp_path):
+    with pytest.raises(GradjaxError, match="takes at most 4096"):
+        score(config(rows, tmp_path / "out", max_length=100_000))
+    score(config(rows, tmp_path / "out"))
+
+
+@pytest.mark.smoke
+def test_a_table_of_other_rows_or_settings_is_gone_at_once(rows, tmp_path, monkeypatch):
+    directory = tmp_path / "out"
+    score(config(rows, directory))
+    monkeypatch.setattr("gradjax.score.families.load_language_model", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(config(rows, directory, max_length=31, overwrite=True))
+    assert not (directory / "scores" / "000000.parquet").exists()
 
 
 def test_a_run_of_other_rows_is_refused(gradients, rows, tmp_path):
@@ -202,6 +251,34 @@ def test_judged_rows_are_asked_once_and_failures_again(rows, tmp_path, monkeypat
         assert max(endpoint.answered.values()) == 1
 
 
+def test_rows_that_the_judge_will_not_have_stop_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradjax.score.families.Judge", quick_judge)
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"instruction": "x" * (n + 1), "output": "y"} for n in range(50)]
+    rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def behaviour(prompt: str, _: int):
+        return error(400, "too long") if "x" * 20 in prompt else answer('{"difficulty": 3}')
+
+    with fake_endpoint(behaviour) as endpoint:
+        judged = {"judge_base_url": endpoint.base_url, "judge_model": "judge"}
+        found = table(Path(score(config(rows, tmp_path / "out", "difficulty", **judged))))
+    assert found["difficulty"].notna().tolist() == [n < 19 for n in range(50)]
+
+
+def test_the_tag_vocabulary_is_told(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("gradjax.score.families.Judge", quick_judge)
+
+    def behaviour(prompt: str, _: int):
+        return answer('["sums", "pens"]' if LONG in prompt else '["sums"]')
+
+    with fake_endpoint(behaviour) as endpoint:
+        judged = {"judge_base_url": endpoint.base_url, "judge_model": "judge"}
+        directory = Path(score(config(rows, tmp_path / "out", "instag", **judged)))
+    assert table(directory)["instag"].dropna().tolist() == [1, 2, 1, 1, 1]
+    assert "g: 2 different tags" in format_scores(directory)
+
+
 def quick_judge(**settings):
     from gradjax.score.endpoint import Judge
 
@@ -228,6 +305,9 @@ def test_the_program_prints_what_there_is(rows, tmp_path):
         ({"metrics": ()}, "--metrics is empty"),
         ({"data": ()}, "--data is missing"),
         ({"limit": 0}, "--limit=0"),
+        ({"max_length": 1}, "--max_length=1: expected a number of at least 2"),
+        ({"metrics": ("effective_rank",)}, "gradient statistics come with --run=DIR"),
+        ({"layers": "0-2"}, "--layers and --projections are of --run"),
         ({"metrics": ("instag",)}, "--judge_model"),
         ({"judge_prompt": "p.txt"}, "--judge_prompt=p.txt: expected with one judged metric"),
         ({"layers": "x"}, "--layers=x"),
@@ -242,6 +322,8 @@ def test_wrong_flags_are_one_sentence(settings, says):
     ("names", "says"),
     [
         ({"notes.txt": b"x"}, "is not empty and holds no scores"),
+        ({"score.json": b"{"}, "score.json is damaged"),
+        ({"score.json": b'{"families": 3}'}, "score.json is damaged"),
         ({"score.json": b'{"families": {}}', "parts/perplexity/000000.parquet": b"x"}, "damaged"),
     ],
 )

@@ -69,6 +69,8 @@ def score_config() -> ScoreConfig:
 def _prices(texts: list[str]) -> tuple[float, float]:
     try:
         price_in, price_out = map(float, texts)
+        if not (0 <= price_in < float("inf") and 0 <= price_out < float("inf")):
+            raise ValueError
     except ValueError:
         raise GradjaxError(
             f"--judge_prices={','.join(texts)}: expected two numbers, IN,OUT per million tokens"

@@ -25,6 +25,12 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 JudgedMetric = Literal["instag", "difficulty"]
 JUDGED: tuple[JudgedMetric, ...] = get_args(JudgedMetric)
+# What only a run of gradjax.main can tell.
+RUN_METRICS = (
+    *("nuclear_norm", "effective_rank", "normalized_effective_rank", "frobenius_norm"),
+    *("spectral_norm", "entry_mean", "entry_max", "entry_min"),
+    *("same_layer_cosine", "cross_layer_cosine"),
+)
 METRICS = tuple(column for columns in FAMILIES.values() for column in columns)
 
 
@@ -59,10 +65,11 @@ class ScoreConfig:
         for name in ("metrics", "data", "projections"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "output_dir", as_directory(self.output_dir))
-        if unknown := [name for name in self.metrics if name not in METRICS]:
+        known = METRICS + RUN_METRICS if self.run else METRICS
+        if unknown := [name for name in self.metrics if name not in known]:
             raise GradjaxError(
                 f"--metrics={unknown[0]}: expected some of {', '.join(METRICS)}; gradient "
-                "statistics come with --run=DIR"
+                "statistics come with --run=DIR, a run of gradjax.main"
             )
         if not self.metrics and not self.run:
             raise GradjaxError(
@@ -71,10 +78,12 @@ class ScoreConfig:
             )
         if not self.data and not self.run:
             raise GradjaxError("--data is missing: expected [GROUP=]SOURCE, or --run=DIR")
-        for name in ("limit", "max_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise GradjaxError(f"--{name}={value}: expected a number of at least 1")
+        for name, least in (("limit", 1), ("max_length", 2)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise GradjaxError(f"--{name}={value}: expected a number of at least {least}")
         SpectraConfig(layers=self.layers, projections=self.projections)  # or it says what is wrong
+        if not self.run and (self.layers, self.projections) != ("all", PROJECTIONS):
+            raise GradjaxError("--layers and --projections are of --run, which is not given")
         self._require_judge()
 
     @property

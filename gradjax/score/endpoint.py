@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -54,9 +54,10 @@ class Judge:
     cache: Path
     prompt: str | None = None  # with {instruction} in it; by default each metric's own
     concurrency: int = 8  # requests at once
-    timeout: float = 120.0  # seconds without a byte
+    timeout: float = 600.0  # seconds without a byte: what is cut off may have been paid for
     max_retries: int = 6  # per request: no connection, time-out, 408, 409, 429, 5xx
     _answered: bool = dataclasses.field(default=False, init=False, repr=False)
+    _welcome: bool = dataclasses.field(default=False, init=False, repr=False)  # the key was good
     _faults: int = dataclasses.field(default=0, init=False, repr=False)  # in a row
     _takes_temperature: bool = dataclasses.field(default=True, init=False, repr=False)
 
@@ -98,8 +99,10 @@ class Judge:
         """
         with open_cache(self.cache) as cache:
             known = {prompt: self.cached(cache, prompt, parse) for prompt in prompts}
+            found = cache.execute("SELECT EXISTS (SELECT 1 FROM answers)").fetchone()
+            self._welcome = self._welcome or bool(found[0])
             missing = [prompt for prompt, answer in known.items() if answer is None]
-            new = _run(self._ask_all(missing, parse, cache)) if missing else {}
+            new = asyncio.run(self._ask_all(missing, parse, cache)) if missing else {}
         return [new[p] if (answer := known[p]) is None else answer for p in prompts]
 
     def cached(
@@ -114,10 +117,17 @@ class Judge:
         self, prompts: Sequence[str], parse: Callable[[str], T | None], cache: sqlite3.Connection
     ) -> dict[str, T | Failure]:
         limit = asyncio.Semaphore(self.concurrency)
+        hopeless: list[GradjaxError] = []
 
         async def ask_in_turn(prompt: str) -> T | Failure:
             async with limit:
-                return await self._ask_one(client, prompt, parse, cache)
+                try:
+                    if not hopeless:
+                        return await self._ask_one(client, prompt, parse, cache)
+                except GradjaxError as error:
+                    # What is being answered is paid for: it is waited for and kept.
+                    hopeless.append(error)
+                return Failure("not asked", answered=False)
 
         client = openai.AsyncOpenAI(
             api_key=_api_key() or "none",  # local servers need none, the client does
@@ -125,9 +135,11 @@ class Judge:
             timeout=openai.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
             max_retries=self.max_retries,
         )
-        async with client, asyncio.TaskGroup() as group:
-            tasks = {prompt: group.create_task(ask_in_turn(prompt)) for prompt in prompts}
-        return {prompt: task.result() for prompt, task in tasks.items()}
+        async with client:
+            answers = await asyncio.gather(*map(ask_in_turn, prompts))
+        if hopeless:
+            raise hopeless[0]
+        return dict(zip(prompts, answers, strict=True))
 
     async def _ask_one(
         self,
@@ -143,6 +155,8 @@ class Judge:
             except openai.APIError as error:
                 self._stop_if_hopeless(error)
                 failure = Failure(self._describe(error), answered=False)
+                if self._answered and _of_row(error):
+                    return failure
                 break  # the client has asked again where that can help
             content = content_of(reply)
             failure = unparsable(content) if isinstance(content, str) else content
@@ -183,7 +197,7 @@ class Judge:
         found = self._describe(error)
         status = error.status_code if isinstance(error, openai.APIStatusError) else None
         # Once there were answers, 403 is what some say to a row that their moderation dislikes.
-        if status == 401 or (status == 403 and not self._answered):
+        if status == 401 or (status == 403 and not (self._answered or self._welcome)):
             sent = f"the key in {KEY_VARIABLE}" if _api_key() else "requests without a key"
             raise GradjaxError(
                 f"--judge_base_url={self.base_url} refuses {sent} ({found}): set {KEY_VARIABLE} to "
@@ -235,7 +249,7 @@ def content_of(reply: object) -> str | Failure:
         case {"choices": [{"finish_reason": "length" | "content_filter" as reason}, *_]}:
             return Failure(f"finish_reason {reason}", answered=True)
         case {"choices": [{"message": {"content": str(content)}}, *_]} if content.strip():
-            return _without_key(content)
+            return _without_key(_text(content))
         case {"choices": [{"message": {}}, *_]}:
             return Failure("empty", answered=True)
     return Failure(f"the reply is no chat completion: {shorten(reply)}", answered=False)
@@ -254,11 +268,18 @@ def open_cache(path: Path, read_only: bool = False) -> Iterator[sqlite3.Connecti
       GradjaxError: if the file cannot be used.
     """
     # To read a cache that is not there is no reason to make one.
-    file = ":memory:" if read_only and not path.exists() else path
+    mode = "rwc"
+    if read_only:
+        mode = "ro" if path.exists() else "memory"
+    file = f"{path.absolute().as_uri()}?mode={mode}"
     try:
         # Another process may be writing.
-        with contextlib.closing(sqlite3.connect(file, timeout=60, isolation_level=None)) as cache:
-            cache.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, content TEXT)")
+        connection = sqlite3.connect(file, timeout=60, isolation_level=None, uri=True)
+        with contextlib.closing(connection) as cache:
+            if mode != "ro":
+                cache.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, content TEXT)"
+                )
             yield cache
     except sqlite3.Error as error:
         raise GradjaxError(
@@ -306,15 +327,21 @@ def batch_answer(line: bytes) -> tuple[str, str, str | Failure]:
 
 
 def shorten(said: object) -> str:
-    """Something that came from outside as one short line, without the key."""
-    text = " ".join(_without_key(str(said)).split())
+    """Something that came from outside as one short printable line, without the key."""
+    text = " ".join(_without_key(_text(str(said))).split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _text(said: str) -> str:
+    """The same without halves of surrogate pairs, which no file can hold."""
+    return said.encode("utf-8", "replace").decode()
 
 
 def _without_key(text: str) -> str:
     # What is shorter is a placeholder, such as EMPTY, and may well be meant.
     key = _api_key()
-    return text.replace(key, "(key)") if len(key) >= 16 else text
+    return text.replace(key, "(key)") if len(key) >= 8 else text
 
 
 def _api_key() -> str:
@@ -346,15 +373,13 @@ def _require_address(base_url: str) -> None:
         )
 
 
+def _of_row(error: openai.APIError) -> bool:
+    """Whether an error says that this prompt is not wanted: too long, or against the rules."""
+    return isinstance(error, openai.APIStatusError) and error.status_code in (400, 403, 413, 422)
+
+
 def _no_connection(error: openai.APIError) -> bool:
     # The client makes one error of a server that is slow and of an address where nobody is.
     if isinstance(error, openai.APITimeoutError):
         return type(error.__cause__).__name__ == "ConnectTimeout"
     return isinstance(error, openai.APIConnectionError)
-
-
-def _run(asking: Coroutine[Any, Any, T]) -> T:
-    try:
-        return asyncio.run(asking)
-    except ExceptionGroup as group:  # of one task; the others were cancelled for it
-        raise group.exceptions[0] from None

@@ -16,7 +16,11 @@ from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, ScoreConfig
 from gradjax.score.endpoint import Judge
 from gradjax.score.ifd import score_ifd, score_perplexity
 from gradjax.score.judge import own_prompt, read_prompt, score_difficulty, score_instag
-from gradjax.score.losses import load_language_model, resolve_language_model
+from gradjax.score.losses import (
+    language_window,
+    load_language_model,
+    resolve_language_model,
+)
 from gradjax.score.reward import load_reward_model, score_reward
 from gradjax.score.structs import Score
 from gradjax.structs import Example
@@ -87,13 +91,12 @@ def _family(name: str, config: ScoreConfig, judge: Judge | None) -> Family:
     tokenizer = load_tokenizer(checkpoint.directory)
     settings: dict[str, Any] = {
         "model": identity(checkpoint),
-        "source": checkpoint.source,
         "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
     }
     if name == "reward":
         settings["template"] = _sha256(str(tokenizer.chat_template or ""))
         return Family(name, settings, partial(_load_reward, config.reward_model))
-    settings["max_length"] = config.max_length
+    settings["max_length"] = config.max_length or language_window(checkpoint.directory)
     score = score_ifd if name == "ifd" else score_perplexity
     return Family(name, settings, partial(_load_losses, score, config))
 

@@ -54,8 +54,11 @@ def run_scores(
     names = [*SPECTRAL, *(_NAMES.get(name, name) for name in _STATISTICS)]
     by_projection = matrices.groupby([*KEY, "projection"])[names].mean()
     ranks = by_projection["effective_rank"].unstack("projection").add_prefix("effective_rank_")
-    cosines = run.similarity.groupby([*KEY, "kind"])["cosine"].mean().unstack("kind")
-    parts = [by_projection.groupby(KEY).mean(), ranks, cosines.rename(columns=_COSINES)]
+    pairs = run.similarity["projection"].str.split("-")  # q-o, or a projection alone
+    chosen = run.similarity[[set(pair) <= set(projections) for pair in pairs]]
+    cosines = chosen.groupby([*KEY, "kind"])["cosine"].mean().unstack("kind")
+    cosines = cosines.reindex(columns=list(_COSINES)).rename(columns=_COSINES)
+    parts = [by_projection.groupby(KEY).mean(), ranks, cosines]
     for part in parts:
         rows = rows.join(part, on=KEY)
     return rows

@@ -18,19 +18,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradjax.config import TokenSettings
+from gradjax.data.examples import is_single_turn
 from gradjax.data.tokens import tokenize
 from gradjax.errors import GradjaxError
+from gradjax.score.config import FAMILIES
 from gradjax.score.losses import LanguageModel, mean_losses
 from gradjax.score.structs import Score
 from gradjax.structs import Example, TokenizedExample
 
-_IFD_COLUMNS = (
-    "ifd",
-    "ifd_loss_ratio",
-    "perplexity_with_instruction",
-    "perplexity_without_instruction",
-)
-_PERPLEXITY_COLUMNS = ("perplexity", "loss", "num_tokens", "num_target_tokens")
+_IFD_COLUMNS, _PERPLEXITY_COLUMNS = FAMILIES["ifd"], FAMILIES["perplexity"]
 _TOO_LARGE = "a perplexity is too large for a float64"
 
 
@@ -87,6 +83,10 @@ def _with_instruction(
         )
     settings = TokenSettings(max_length=max_length or model.window)
     whole = [tokenize(example, model.tokenizer, settings) for example in examples]
+    for i, example in enumerate(examples):
+        if not is_single_turn(example.messages):
+            reason = f"{len(example.messages)} turns have no plain form"
+            whole[i] = dataclasses.replace(whole[i], reason=reason)
     return whole, mean_losses(model, whole).tolist()
 
 

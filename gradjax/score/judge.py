@@ -30,7 +30,6 @@ from gradjax.structs import Example
 
 PLACEHOLDER = "{instruction}"
 
-_NO_ANSWER = "judge: no answer"
 _RATING_KEYS = ("difficulty", "difficulty_score", "score", "rating")
 # A rating in words is the whole first line: `7`, `**Difficulty Score: 7/10**`, `Rating is 7.`
 _RATING = re.compile(
@@ -70,14 +69,6 @@ def score_difficulty(judge: Judge, examples: Sequence[Example]) -> list[Score]:
     return [_score("difficulty", answer, float) for answer in ratings]
 
 
-def is_retriable(score: Score) -> bool:
-    """Whether the endpoint is to blame for a missing score: asked again, it may be there.
-
-    False for a row that the judge did answer, three times without a usable answer.
-    """
-    return score.reason.startswith(_NO_ANSWER)
-
-
 def judged_tags(judge: Judge, examples: Sequence[Example]) -> list[list[str] | None]:
     """The tags behind `instag`, from the cache alone; None for a row without."""
     prompts = _prompts(judge, "instag", examples)
@@ -106,8 +97,9 @@ def parse_difficulty(answer: str) -> float | None:
     Takes a number, or an object with one under `difficulty`, `score` or `rating`; from 1 to 10.
     None for anything else: a range, two ratings that differ, a number outside.
     """
-    first_line = _after_thinking(answer).strip().partition("\n")[0]
-    values = [*_json_values(answer), first_line]
+    first_line, _, rest = _after_thinking(answer).strip().partition("\n")
+    numbered = rest and re.fullmatch(r"\d+\.", first_line.strip())  # a list's first item
+    values = [*_json_values(answer), "" if numbered else first_line]
     found = {rating for value in values for rating in _ratings(value)}
     rating = found.pop() if len(found) == 1 else None
     return float(rating) if rating is not None and 1 <= rating <= 10 else None
@@ -247,7 +239,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {"instag": parse_tags, "difficulty":
 def _score(column: JudgedMetric, answer: T | Failure, value: Callable[[T], float]) -> Score:
     if not isinstance(answer, Failure):
         return Score({column: value(answer)})
-    what = "judge: no usable answer" if answer.answered else _NO_ANSWER
+    what = "judge: no usable answer" if answer.answered else "judge: no answer"
     return Score({column: None}, reason=f"{what} ({answer.reason})")
 
 
@@ -296,7 +288,8 @@ def _tags(value: Any) -> list[str]:
 def _ratings(value: Any) -> list[int | float]:
     """The numbers that a JSON value gives as ratings."""
     if isinstance(value, dict):
-        return [rating for key in _RATING_KEYS for rating in _ratings(value.get(key))]
+        found = [value[key] for key in _RATING_KEYS if key in value]
+        return [rating for one in found if not isinstance(one, dict) for rating in _ratings(one)]
     if isinstance(value, str):
         found = _RATING.fullmatch(value.lstrip("#*_ ").rstrip("*_. \t\r"))
         return [float(found[1])] if found else []

@@ -1,8 +1,10 @@
 """Language models as judges of text: mean losses of token sequences, forward passes only."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from gradjax.device import device_memory
 from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.gradients.factored import HEAD_CHUNK
 from gradjax.model import decoder, gpt2
+from gradjax.model.hf_config import read_config
 from gradjax.model.pretrained import load_weights
 from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 from gradjax.structs import TokenBatch, TokenizedExample
@@ -40,6 +43,12 @@ class LanguageModel:
 def resolve_language_model(name: str, *, weights: bool = True) -> Checkpoint:
     """The checkpoint of a name as of `load_language_model`; see `registry.resolve`."""
     return resolve(_GPT2_REPO if name == GPT2 else name, weights=weights, flag="ifd_model")
+
+
+def language_window(directory: Path) -> int:
+    """The most tokens that a checkpoint's model takes, by its config.json."""
+    read = gpt2.read_gpt2_config if gpt2.is_gpt2(directory) else read_config
+    return read(directory).max_positions
 
 
 def load_language_model(name: str) -> LanguageModel:
@@ -91,7 +100,7 @@ def mean_losses(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> 
     rows = [i for i, sequence in enumerate(sequences) if sequence.targets[1:].any()]
     scored = [sequences[row] for row in rows]
     _check(model, scored)
-    for plan in _plan([sequence.num_tokens for sequence in scored]):
+    for plan in recurring_batches([sequence.num_tokens for sequence in scored]):
         means[[rows[i] for i in plan.rows]] = _batch_means(model, make_batch(plan, scored))
     return means
 
@@ -112,7 +121,7 @@ def _check(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> None:
             )
 
 
-def _plan(lengths: Sequence[int]) -> list[BatchPlan]:
+def recurring_batches(lengths: Sequence[int]) -> list[BatchPlan]:
     """Batches of shapes that recur from call to call: each new one costs a compilation."""
     plans = plan_batches([_round_up(n, 32) for n in lengths], default_batch_tokens())
     return [dataclasses.replace(plan, size=_round_up(plan.size, 1)) for plan in plans]
@@ -129,23 +138,30 @@ def _batch_means(model: LanguageModel, batch: TokenBatch) -> np.ndarray:
     # The states at `before` predict the token after; losses are summed row by row.
     slots, before = np.nonzero(batch.targets[:, 1:])
     labels = batch.tokens[slots, before + 1]
-    try:
+    with memory_faults(batch, model.name):
         states = np.asarray(model.hidden_states(jnp.asarray(batch.tokens)))[slots, before]
         losses = [
             _token_losses(model.project_logits, model.head, *chunk)
             for chunk in zip(_chunks(states), _chunks(labels), strict=True)
         ]
         total = np.bincount(slots, np.concatenate(losses)[: len(slots)])
+    return total / np.bincount(slots)
+
+
+@contextmanager
+def memory_faults(batch: TokenBatch, name: str) -> Iterator[None]:
+    """Says in one sentence that a batch does not fit beside the model called `name`."""
+    try:
+        yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         size, length = batch.tokens.shape
         raise GradjaxError(
             f"a batch of {size} rows of {length} tokens does not fit the "
-            f"{device_memory() / 2**30:.0f} GiB of this device beside {model.name}: lower "
-            "--max_length or use a smaller model."
+            f"{device_memory() / 2**30:.0f} GiB of this device beside {name}: leave long rows out, "
+            "or use a smaller model."
         ) from error
-    return total / np.bincount(slots)
 
 
 def _chunks(array: np.ndarray) -> np.ndarray:

@@ -3,8 +3,8 @@
 The model is transformers' LlamaForSequenceClassification with one label, as
 `sfairXC/FsfairX-LLaMA3-RM-v0.1`: a decoder whose head gives one number. It is read at the text's
 last token that is not the model's padding token, as transformers does. The text is the whole
-conversation as the tokenizer's chat template renders it, with exactly one BOS; text that spells a
-special token becomes that token, as everywhere in gradjax.
+conversation as the tokenizer's chat template renders it, with one BOS before it; text that spells
+a special token becomes that token, as everywhere in gradjax.
 """
 
 import dataclasses
@@ -17,14 +17,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerFast
 
-from gradjax.compute import check_vocabulary, default_batch_tokens
-from gradjax.data.batches import make_batch, plan_batches
+from gradjax.compute import check_vocabulary
+from gradjax.data.batches import make_batch
 from gradjax.data.examples import to_example
 from gradjax.data.tokens import tokenize_conversation
 from gradjax.errors import GradjaxError
 from gradjax.model.decoder import Decoder, hidden_states, project_logits
 from gradjax.model.pretrained import load_weights
 from gradjax.model.registry import load_tokenizer, resolve
+from gradjax.score.losses import memory_faults, recurring_batches
 from gradjax.score.structs import Score
 from gradjax.structs import Example, TokenBatch, TokenizedExample
 
@@ -87,8 +88,10 @@ def score_reward(model: RewardModel, examples: Sequence[Example]) -> list[Score]
     scores = [Score({"reward": None}, row.status, row.reason) for row in tokenized]
     usable = [i for i, row in enumerate(tokenized) if row.status == "ok"]
     rows = [tokenized[i] for i in usable]
-    for plan in plan_batches([row.num_tokens for row in rows], default_batch_tokens()):
-        rewards = _batch_rewards(model.decoder, make_batch(plan, rows))
+    for plan in recurring_batches([row.num_tokens for row in rows]):
+        batch = make_batch(plan, rows)
+        with memory_faults(batch, "the reward model"):
+            rewards = _batch_rewards(model.decoder, batch)
         for row, reward in zip(plan.rows, rewards.tolist(), strict=False):  # filler comes last
             scores[usable[row]] = _score(reward)
     return scores

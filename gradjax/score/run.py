@@ -24,13 +24,12 @@ from gradjax.errors import GradjaxError
 from gradjax.places import LocalPlace, RemotePlace, open_place
 from gradjax.report.values import KEY
 from gradjax.run import keep_compiled_programs
-from gradjax.score.config import FAMILIES, JudgedMetric, ScoreConfig
+from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, ScoreConfig
 from gradjax.score.endpoint import Judge
 from gradjax.score.families import Family, asked_families, make_judge
 from gradjax.score.free import run_scores
 from gradjax.score.judge import (
     batch_lines,
-    is_retriable,
     judged_tags,
     plan_judging,
     read_batch_results,
@@ -42,8 +41,9 @@ from gradjax.store import read_manifest
 from gradjax.structs import Example
 
 MANIFEST, TABLE = "score.json", "scores/000000.parquet"
+RUN = "run"  # the family of what a run of gradjax.main measured
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 256, 400_000  # a part: what a kill can cost
-_TEXT = {"status", "reason"}
+_LATER = Score({}, reason="not scored yet; ask for it again")
 
 Scores = dict[str, Score]  # by row_hash
 
@@ -66,30 +66,31 @@ def score(config: ScoreConfig) -> Path | str:
             _take_results(judge, config.judge_batch_results)
         families = asked_families(config, judge)
         manifest = _prepare(place, config, families, data)
-        found = {family.name: _complete(place, family, examples) for family in families}
-        earlier = [name for name in manifest["families"] if name not in found]
-        for name in earlier:
-            known = _read_parts(place, name)
-            if all(e.row_hash in known for e in examples if e.status == "ok"):
-                found[name] = known
-        table = _table(examples, found)
-        if config.run:
-            table = _with_run(table, config)
+        found = {RUN: _take_run(place, config, examples)} if config.run else {}
+        found |= {family.name: _complete(place, family, examples) for family in families}
+        found |= {n: _read_parts(place, n) for n in manifest["families"] if n not in found}
         if judge and "instag" in config.judged:
-            _log_tags(judge, examples)
-        place.put(TABLE, _parquet(table))
+            manifest["tags"] = _tags(judge, examples)
+            place.put(MANIFEST, _json(manifest))
+        place.put(TABLE, _parquet(_table(examples, found)))
     return directory
 
 
 def plan(config: ScoreConfig) -> list[str]:
-    """One line per family: what is left to score, and what the judge would be asked at least."""
+    """One line per family: what is left to score, and what the judge would be asked at least.
+
+    Raises:
+      GradjaxError: as `score`, as far as no model is loaded and nothing is asked.
+    """
     examples, _ = read_examples(config)
     place = open_place(config.output_dir)
     judge = make_judge(config)
+    families = asked_families(config, judge)
+    stale = _stale(place, _families_before(place), config, families)
+    usable = {e.row_hash: e for e in examples if e.status == "ok"}
     lines = []
-    for family in asked_families(config, judge):
-        usable = {e.row_hash: e for e in examples if e.status == "ok"}
-        found = _read_parts(place, family.name)
+    for family in families:
+        found = {} if family.name in stale else _read_parts(place, family.name)
         left = [example for digest, example in usable.items() if digest not in found]
         lines.append(f"{family.name}: {len(left):,} of {len(usable):,} different rows to score")
         if judge and family.name in config.judged:
@@ -98,7 +99,7 @@ def plan(config: ScoreConfig) -> list[str]:
             if config.judge_prices:
                 cost = planned.cost(*config.judge_prices)
                 lines[-1] += f"; at least {cost:.2f} at --judge_prices"
-    return lines
+    return lines or [f"nothing to compute: --run={config.run} has the numbers"]
 
 
 def make_batch(config: ScoreConfig) -> str:
@@ -108,6 +109,10 @@ def make_batch(config: ScoreConfig) -> str:
     assert judge is not None
     (metric,) = config.judged
     lines = list(batch_lines(judge, metric, [e for e in examples if e.status == "ok"]))
+    if not lines:
+        return (
+            f"Nothing is left to ask of {config.judge_model}: {config.judge_batch} is not written"
+        )
     write_batch(config.judge_batch or "", lines)
     return (
         f"{len(lines):,} requests are in {config.judge_batch}: upload them for the endpoint "
@@ -138,12 +143,12 @@ def read_scores(directory: str | Path) -> pd.DataFrame:
     return pq.read_table(io.BytesIO(shard)).to_pandas()
 
 
-def _log_tags(judge: Judge, examples: Sequence[Example]) -> None:
-    """The tag vocabulary of each group."""
-    for group in dict.fromkeys(e.group for e in examples):
-        tags = judged_tags(judge, [e for e in examples if e.group == group and e.status == "ok"])
-        known = sum(found is not None for found in tags)
-        logging.info("%s: %d different tags in %d rows", group, tag_coverage(tags), known)
+def _tags(judge: Judge, examples: Sequence[Example]) -> dict[str, int]:
+    """How many different tags the rows of each group have: the group's tag vocabulary."""
+    groups: dict[str, list[Example]] = {}
+    for example in (e for e in examples if e.status == "ok"):
+        groups.setdefault(example.group, []).append(example)
+    return {group: tag_coverage(judged_tags(judge, rows)) for group, rows in groups.items()}
 
 
 def _take_results(judge: Judge, path: str) -> None:
@@ -151,6 +156,11 @@ def _take_results(judge: Judge, path: str) -> None:
     logging.info("%s: %d answers", path, answers)
     for fault in faults:
         logging.warning("%s", fault)
+
+
+def read_tags(directory: str | Path) -> dict[str, int]:
+    """By group, how many different tags its rows have; empty where none were asked for."""
+    return _manifest(open_place(directory)).get("tags", {})
 
 
 def _sources(config: ScoreConfig) -> list[tuple[Source, int | None]]:
@@ -170,37 +180,103 @@ def _require_ours(place: LocalPlace | RemotePlace) -> None:
         )
 
 
+def _families_before(place: LocalPlace | RemotePlace) -> dict[str, dict[str, Any]]:
+    return _manifest(place).get("families", {})
+
+
+def _manifest(place: LocalPlace | RemotePlace) -> dict[str, Any]:
+    text = place.read(MANIFEST)
+    try:
+        manifest = json.loads(text or b"{}")
+        return manifest | {"families": dict(manifest.get("families", {}))}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise GradjaxError(
+            f"{place.directory}/{MANIFEST} is damaged ({error}); restore it, or score anew in "
+            "another --output_dir"
+        ) from error
+
+
+def _stale(
+    place: LocalPlace | RemotePlace,
+    before: Mapping[str, Mapping[str, Any]],
+    config: ScoreConfig,
+    families: Sequence[Family],
+) -> list[str]:
+    """Families with parts of other settings; raises GradjaxError unless they may be replaced."""
+    stale = []
+    for family in families:
+        now, then = family.settings, before.get(family.name, {})
+        differing = [name for name in now if now[name] != then.get(name)]
+        if not differing or not place.names(f"parts/{family.name}"):
+            continue
+        if not config.overwrite:
+            name = differing[0]
+            raise GradjaxError(
+                f"{place.directory} has {family.name} scores of another {name} "
+                f"({then.get(name)!r} there, {now[name]!r} now); use the same flags, another "
+                "--output_dir, or --overwrite to replace them"
+            )
+        stale.append(family.name)
+    return stale
+
+
 def _prepare(
     place: LocalPlace | RemotePlace,
     config: ScoreConfig,
     families: Sequence[Family],
     data: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Writes the manifest; raises GradjaxError where finished parts have other settings."""
-    text = place.read(MANIFEST)
-    before = json.loads(text)["families"] if text else {}
+    """Removes what is to be replaced and writes the manifest, which it returns."""
+    manifest = _manifest(place)
+    before = manifest.get("families", {})
+    stale = _stale(place, before, config, families)
     settings = {family.name: family.settings for family in families}
-    for name in settings.keys() & before.keys():
-        if differing := [k for k in settings[name] if settings[name][k] != before[name].get(k)]:
-            if config.overwrite:
-                folder = f"parts/{name}"
-                place.remove(f"{folder}/{part}" for part in place.names(folder))
-                continue
-            raise GradjaxError(
-                f"{place.directory} has {name} scores of another {differing[0]} "
-                f"({before[name].get(differing[0])!r} there, {settings[name][differing[0]]!r} "
-                "now); use the same flags, another --output_dir, or --overwrite to replace them"
-            )
+    if config.run:
+        stale.append(RUN)
+        settings[RUN] = {
+            "run": config.run,
+            "layers": config.layers,
+            "projections": list(config.projections),
+        }
+    if stale or data != manifest.get("data"):  # the table is of something else
+        place.remove([TABLE] if place.names("scores") else [])
+    for name in stale:
+        place.remove(f"parts/{name}/{part}" for part in place.names(f"parts/{name}"))
     flags = dataclasses.asdict(config) | {"output_dir": str(place.directory)}
-    manifest = {
+    manifest |= {
         "data": data,
         "families": before | settings,
         "flags": flags,
         "versions": {"gradjax": gradjax.__version__},
     }
+    place.put(MANIFEST, _json(manifest))
     place.make_folders(["scores", "parts", *(f"parts/{name}" for name in manifest["families"])])
-    place.put(MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
     return manifest
+
+
+def _json(manifest: Mapping[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _take_run(
+    place: LocalPlace | RemotePlace, config: ScoreConfig, examples: Sequence[Example]
+) -> Scores:
+    """What a run says of the rows, kept as the one part of a family of its own."""
+    rows = run_scores(config.run or "", config.layers, config.projections)
+    columns = rows.columns.drop([*KEY, "row_hash", "status", "reason"])
+    numbers = rows[columns].astype(object).where(rows[columns].notna(), None)
+    reasons = rows["reason"].fillna("")
+    values = [dict(zip(columns, row, strict=True)) for row in numbers.itertuples(index=False)]
+    scores = map(Score, values, rows["status"], reasons)
+    found: Scores = dict(zip(rows["row_hash"], scores, strict=True))
+    for example in examples:
+        if example.row_hash not in found:
+            raise GradjaxError(
+                f"--run={config.run} has not row {example.example_id} of group {example.group!r} "
+                "as it stands in --data; give a run of the same rows"
+            )
+    place.put(f"parts/{RUN}/000000.parquet", _part(list(columns), found))
+    return found
 
 
 def _complete(
@@ -224,16 +300,15 @@ def _complete(
     for number, chunk in enumerate(_with_progress(family.name, waiting), start=first):
         scores = dict(zip((e.row_hash for e in chunk), scorer(chunk), strict=True))
         found |= scores
-        # What the endpoint owes is asked for again by the next call.
-        kept = {digest: score for digest, score in scores.items() if not is_retriable(score)}
-        failed += len(scores) - len(kept)
-        if kept:
-            place.put(f"parts/{family.name}/{number:06d}.parquet", _part(family, kept))
+        # What a judge has not answered is never kept: the next call asks again.
+        if family.name in JUDGED:
+            scores = {d: score for d, score in scores.items() if None not in score.values.values()}
+        failed += len(chunk) - len(scores)
+        if scores:
+            place.put(f"parts/{family.name}/{number:06d}.parquet", _part(family.columns, scores))
     if failed:
         logging.warning(
-            "%s: the endpoint gave no answer to %d rows; the same command asks again",
-            family.name,
-            failed,
+            "%s: %d rows have no answer; the same command asks again", family.name, failed
         )
     return found
 
@@ -256,11 +331,11 @@ def _with_progress(name: str, waiting: Sequence[Example]) -> Iterator[list[Examp
             bar.update(len(chunk))
 
 
-def _part(family: Family, scores: Scores) -> bytes:
+def _part(names: Sequence[str], scores: Scores) -> bytes:
     columns: dict[str, Any] = {"row_hash": list(scores)}
-    for name in family.columns:
+    for name in names:
         columns[name] = pa.array([s.values[name] for s in scores.values()], pa.float64())
-    for name in sorted(_TEXT):
+    for name in ("status", "reason"):
         columns[name] = [getattr(s, name) for s in scores.values()]
     return _parquet(pa.table(columns))
 
@@ -284,24 +359,20 @@ def _read_parts(place: LocalPlace | RemotePlace, family: str) -> Scores:
 def _table(examples: Sequence[Example], found: Mapping[str, Scores]) -> pa.Table:
     """One row per input row: keys, status, reason, and each family's columns.
 
-    A row is `ok` if any family has a number for it.
+    A row is `ok` if it is for any family; where it has no number, the family's reason says why.
     """
+    source = _columns(found)  # by column: the family that it is of
     statuses, reasons = [], []
-    columns: dict[str, list[float | None]] = {c: [] for name in found for c in FAMILIES[name]}
+    columns: dict[str, list[float | None]] = {name: [] for name in source}
     for example in examples:
-        status, reason = example.status, example.reason
-        if status == "ok" and found:
-            scores = {name: of_family[example.row_hash] for name, of_family in found.items()}
-            for one in scores.values():
-                for column, value in one.values.items():
-                    columns[column].append(value)
-            known = any(v is not None for one in scores.values() for v in one.values.values())
-            first = next((s.status for s in scores.values() if s.status != "ok"), "ok")
-            status = "ok" if known else first
-            reason = "; ".join(f"{n}: {s.reason}" for n, s in scores.items() if s.reason)
-        else:
-            for values in columns.values():
-                values.append(None)
+        status, reason, scores = example.status, example.reason, {}
+        if status == "ok":
+            scores = {n: of_family.get(example.row_hash, _LATER) for n, of_family in found.items()}
+            kinds = [one.status for one in scores.values()]
+            status = "ok" if "ok" in kinds else kinds[0]
+            reason = "; ".join(f"{n}: {one.reason}" for n, one in scores.items() if one.reason)
+        for name, family in source.items():
+            columns[name].append(scores[family].values.get(name) if scores else None)
         statuses.append(status)
         reasons.append(reason or None)
     return pa.table(
@@ -316,32 +387,17 @@ def _table(examples: Sequence[Example], found: Mapping[str, Scores]) -> pa.Table
     )
 
 
+def _columns(found: Mapping[str, Scores]) -> dict[str, str]:
+    """The table's columns, and the family that each is taken from: a run's before a model's."""
+    source = {c: name for name, columns in FAMILIES.items() if name in found for c in columns}
+    of_run = next(iter(found.get(RUN, {}).values()), Score({}))
+    return source | dict.fromkeys(of_run.values, RUN)
+
+
 def _numbers(name: str, values: list[float | None]) -> pa.Array:
     """Counts are integers, everything else float64."""
-    whole = name.startswith("num_")
+    whole = name.startswith("num_") or name == "instag"
     return pa.array(values, pa.float64()).cast(pa.int64() if whole else pa.float64())
-
-
-def _with_run(table: pa.Table, config: ScoreConfig) -> pa.Table:
-    """The table with a run's columns; the run's status where nothing else was asked for."""
-    rows = run_scores(config.run or "", config.layers, config.projections)
-    keys = table.select([*KEY, "row_hash"]).to_pandas()
-    joined = keys.merge(rows, on=[*KEY, "row_hash"], how="left", indicator=True)
-    if (joined["_merge"] != "both").any():
-        group, number = joined.loc[joined["_merge"] != "both", KEY].iloc[0]
-        raise GradjaxError(
-            f"--run={config.run} has not row {number} of group {group!r} as it stands in --data; "
-            "give a run of the same rows, or leave --data out"
-        )
-    if not config.families:
-        table = table.drop_columns(["status", "reason"])
-        for position, name in enumerate(("status", "reason"), start=3):
-            table = table.add_column(position, name, pa.array(joined[name], from_pandas=True))
-    for name in rows.columns.drop([*KEY, "row_hash", "status", "reason"]):
-        column = pa.array(joined[name].to_numpy(), from_pandas=True)
-        table = table.drop_columns([name]) if name in table.column_names else table
-        table = table.append_column(name, column)
-    return table
 
 
 def _parquet(table: pa.Table) -> bytes:

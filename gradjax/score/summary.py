@@ -5,8 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 from gradjax.report.values import KEY
-from gradjax.score.run import read_scores
+from gradjax.score.run import read_scores, read_tags
 
+_QUARTILES = ("min", "25 %", "median", "75 %", "max")
+_MOST = 12  # kinds of reasons shown
 _KEYS = [*KEY, "row_hash", "status", "reason"]
 
 
@@ -17,7 +19,6 @@ def format_scores(directory: str | Path) -> str:
     for group, part in table.groupby("group", sort=False):
         for name in table.columns.drop(_KEYS):
             known = part[name].dropna().astype(float)
-            # Every row has a place among the others; ties tell how finely the metric sees.
             row = {"group": group, "metric": name, "rows": len(known)}
             row |= {"missing": len(part) - len(known), "distinct": known.nunique()}
             quartiles = known.quantile([0, 0.25, 0.5, 0.75, 1])
@@ -25,9 +26,6 @@ def format_scores(directory: str | Path) -> str:
     text = pd.DataFrame(rows).to_string(index=False, float_format="{:.4g}".format)
     missing = table.loc[table["reason"].notna(), ["group", "status", "reason"]]
     counts = missing.value_counts().head(_MOST).reset_index().to_dict("records")
-    lines = [f"{r['group']}: {r['count']} rows {r['status']}: {r['reason']}" for r in counts]
+    lines = [f"{g}: {n} different tags" for g, n in read_tags(directory).items()]
+    lines += [f"{r['group']}: {r['count']} rows {r['status']}: {r['reason']}" for r in counts]
     return "\n".join([text, *lines])
-
-
-_QUARTILES = ("min", "25 %", "median", "75 %", "max")
-_MOST = 12  # kinds of reasons shown
