@@ -9,6 +9,7 @@ and a smaller sample is the beginning of a larger one. FILE.sha256, as sha256sum
 says where the rows came from.
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -37,9 +38,11 @@ def main(_: list[str]) -> None:
     for name in ("dataset", "output"):
         if not getattr(values, name):
             raise GradjaxError(f"--{name} is not given; --list shows the data sets, --help flags")
+    dataset, output = DATASETS[values.dataset], Path(values.output).expanduser()
+    if os.path.isdir(output):
+        raise GradjaxError(f"--output={output} is a directory; expected the .jsonl file to write")
     from gradjax.data.sample import write_sample  # JAX is loaded once the flags are known
 
-    dataset, output = DATASETS[values.dataset], Path(values.output).expanduser()
     print(write_sample(dataset, values.source, values.sample, values.seed, output))
 
 

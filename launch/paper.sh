@@ -14,7 +14,8 @@ Runs experiments of the paper (arXiv 2504.10766) again, on this machine.
   bash launch/paper.sh --table=N [settings] [-- flags of gradjax.main]
 
   --table=N                 those of one table, 1 to 60
-  --figure=families         the nine models side by side, on the reasoning data
+  --figure=families         the nine models side by side, on the reasoning data (the paper's other
+                            figures are drawn by the tables' reports, see below)
   --all                     every one
   --output_dir=runs/paper   where samples, scores, selections, runs and reports go
   --dry_run                 shows the commands, runs none
@@ -26,20 +27,33 @@ highest and lowest rows, their spectra, and a report beside the paper's numbers.
 experiments share is made once. When the same command is given again, what is finished stays and
 the rest goes on.
 
+The paper's other figures show a model layer by layer on one data set: the report of the
+experiment draws them beside its table. So run the tables 5 to 12 for the figures of qwen2.5_1.5b,
+13 to 20 qwen2.5_3b, 21 to 28 qwen2.5_7b (1 to 4 as well), 29 to 36 llama3.1_8b, 37 to 44
+llama3.2_1b, 45 to 52 llama3.2_3b, 53 to 60 gemma2_2b; each eight are two of WizardLM, of
+OpenHermes 2.5, of Magpie and of the reasoning data, in this order.
+
 InsTag and difficulty are asked of gpt-4o: JUDGE_BASE_URL names the endpoint and costs money
 (https://api.openai.com/v1). A data set that has to be fetched by hand is taken from
-OUTPUT_DIR/data/NAME.jsonl, where gradjax.prepare --source=FILE --output=... has put it.
+OUTPUT_DIR/data/NAME.jsonl, where this puts it (--sample=10000 for one that is scored):
+
+  python -m gradjax.prepare --dataset=NAME --source=FILE --sample=200 --seed=0 \
+    --output=OUTPUT_DIR/data/NAME.jsonl
 END
 }
 
+# Where the judge is, while nobody has said.
+judge_unset="\$JUDGE_BASE_URL"
+
 # step OUTPUT COMMAND...: makes OUTPUT, unless the same command has made it since all of $inputs.
+# A judge at another endpoint is the same judge.
 # shellcheck disable=SC2154 # dry_run is set by cluster.sh
 step() {
   local output=$1 stamp=$1.done input line stale=""
   shift
   if [[ ${seen[$output]:-} ]]; then return; fi
   seen[$output]=1
-  line=$(quoted "$@")
+  line=$(quoted "${@/#--judge_base_url=*/--judge_base_url}")
   if [[ $dry_run || ! -e $output || ! -e $stamp || $(<"$stamp") != "$line" ]]; then stale=true; fi
   for input in "${inputs[@]}"; do
     if [[ $input -nt $stamp ]]; then stale=true; fi
@@ -47,6 +61,10 @@ step() {
   if [[ ! $stale ]]; then
     say "$output is there"
     return
+  fi
+  if [[ ! $dry_run && $* == *"$judge_unset"* ]]; then
+    fail "JUDGE_BASE_URL is not set; for $output gpt-4o is asked at an OpenAI-compatible endpoint," \
+      "as in JUDGE_BASE_URL=https://api.openai.com/v1."
   fi
   run "$@" </dev/null
   if [[ ! $dry_run ]]; then echo "$line" >"$stamp"; fi
@@ -59,11 +77,19 @@ program() {
 
 # prepare NAME ROWS: sets file, that many rows of a registered data set.
 prepare() {
+  local lines
   file=$output_dir/data/$1.jsonl
   inputs=()
   program prepare --dataset="$1" --sample="$2" --seed=0 --output="$file"
   # A file with a checksum is whole, and may have been prepared by hand.
-  if [[ $dry_run || ! -e $file || ! -e $file.sha256 ]]; then step "$file" "${command[@]}"; fi
+  if [[ $dry_run || ! -e $file || ! -e $file.sha256 ]]; then
+    step "$file" "${command[@]}"
+  else
+    lines=$(wc -l <"$file")
+    ((lines <= $2)) || fail "$file has $((lines)) rows where the paper draws $2; draw them from what" \
+      "was fetched by hand: python -m gradjax.prepare --dataset=$1 --source=FILE --sample=$2" \
+      "--seed=0 $(quoted "--output=$file")"
+  fi
   inputs=("$file.sha256")
 }
 
@@ -76,10 +102,7 @@ select_rows() {
     ifd_qwen7b) settings=(--ifd_model=qwen2.5_7b) ;;
     reward) settings=(--reward_model=sfairXC/FsfairX-LLaMA3-RM-v0.1) ;;
     instag | difficulty)
-      [[ $dry_run || ${JUDGE_BASE_URL:-} ]] ||
-        fail "JUDGE_BASE_URL is not set; $metric asks gpt-4o at an OpenAI-compatible endpoint, as in" \
-          "JUDGE_BASE_URL=https://api.openai.com/v1."
-      settings=(--judge_base_url="${JUDGE_BASE_URL:-\$JUDGE_BASE_URL}" --judge_model=gpt-4o)
+      settings=("--judge_base_url=${JUDGE_BASE_URL:-$judge_unset}" --judge_model=gpt-4o)
       ;;
     *) fail "configs/paper.csv has the metric $metric, which this script does not know." ;;
   esac
@@ -138,8 +161,6 @@ recipe() {
       step "$spectra/report" "${command[@]}"
     fi
   done
-  ((${#runs[@]})) || fail "--$1=$2: configs/paper.csv has no such $1; it has tables 1 to 60 and the" \
-    "figure families (the paper's other figures are in the reports of the tables)."
   if [[ $1 == figure ]]; then
     inputs=("${made[@]}")
     program report "${runs[@]}" --compare=high:low --output_dir="$output_dir/figures/$2"
@@ -147,21 +168,34 @@ recipe() {
   fi
 }
 
+# choose KIND NUMBER: leaves one of $recipes.
+choose() {
+  local one
+  for one in "${recipes[@]}"; do
+    if [[ $one == "$1,$2" ]]; then
+      recipes=("$one")
+      return
+    fi
+  done
+  fail "--$1=$2: configs/paper.csv has no such $1; it has tables 1 to 60, one at a time, and the" \
+    "figure families (the paper's other figures are drawn by the reports of the tables, see --help)."
+}
+
 table="" figure="" all="" output_dir=runs/paper
 read_settings "table= figure= all dry_run output_dir=" "$@"
+output_dir=${output_dir/#\~\//"$HOME/"} # a shell leaves the ~ of --output_dir=~/x as it is
 mapfile -t experiments < <(tail -n +2 "$root/configs/paper.csv")
-declare -A seen=()
+mapfile -t recipes < <(printf '%s\n' "${experiments[@]}" | cut -d, -f1,2 | uniq)
+case ${table:+table}${figure:+figure}${all:+all} in
+  table) choose table "$table" ;;
+  figure) choose figure "$figure" ;;
+  all) ;;
+  *) fail "give one of --table=N, --figure=NAME and --all (see --help)." ;;
+esac
 if [[ ! $dry_run ]]; then
   ensure_environment requirements.txt
   mkdir -p "$output_dir"/{data,scores,selections,runs,figures}
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-case ${table:+table}${figure:+figure}${all:+all} in
-  table) recipe table "$table" ;;
-  figure) recipe figure "$figure" ;;
-  all)
-    mapfile -t recipes < <(printf '%s\n' "${experiments[@]}" | cut -d, -f1,2 | uniq)
-    for one in "${recipes[@]}"; do recipe "${one%,*}" "${one#*,}"; done
-    ;;
-  *) fail "give one of --table=N, --figure=NAME and --all (see --help)." ;;
-esac
+declare -A seen=()
+for one in "${recipes[@]}"; do recipe "${one%,*}" "${one#*,}"; done

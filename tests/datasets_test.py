@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -278,7 +279,35 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path):
     assert sorted(row["output"] for row in read_lines(output)) == ["1", "4"]
     assert "2 of 2 rows of gsm8k_fast" in told
     assert "1 dropped as empty_response, the first because the response in turn 2 is empty" in told
-    assert "4 dropped as invalid_row, the first because the field 'instruction' is missing" in told
+    assert "4 dropped as invalid_row, the first because" in told
+    assert "(found 'no answer')" in told
+
+
+def test_rows_of_another_data_set_are_none_of_this_one(tmp_path: Path):
+    rows = [{"instruction": question(i), "output": "Hmm.", "answer": "#### 1"} for i in range(3)]
+    write_json(tmp_path / "r1.json", rows)
+    with pytest.raises(GradjaxError, match=r"no usable row.*\(found 'no question'\)") as raised:
+        write_sample(DATASETS["gsm8k_fast"], str(tmp_path / "r1.json"), 5, 0, tmp_path / "o.jsonl")
+    assert "expected the columns question, answer" in str(raised.value)
+    for dataset in DATASETS.values():
+        if dataset.convert:
+            (column, *rest) = dataset.columns
+            row = dict.fromkeys(("instruction", "output", *rest), "text")
+            example = to_example(dataset.to_row(row), "", 0)
+            assert example.status == "invalid_row"
+            assert f"'no {column}'" in example.reason
+
+
+def test_a_copy_without_all_of_its_files_is_refused(tmp_path: Path):
+    magpie(tmp_path)
+    for gone, message in (
+        ("train-00000-of-00003.parquet", r"lacks 1 of 3 files, .*train-00000-of-00003\.parquet"),
+        ("train-00002-of-00003.parquet", r"lacks 2 of 3 files, .*train-00000-of-00003\.parquet"),
+    ):
+        (tmp_path / "data" / gone).unlink()
+        with pytest.raises(GradjaxError, match=message):
+            write_sample(DATASETS["magpie"], str(tmp_path), 5, 0, tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_thinking_without_an_answer_is_no_response(tmp_path: Path):
@@ -359,10 +388,13 @@ class TestHub:
     ):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(GradjaxError) as raised:
-            write_sample(DATASETS[name], None, 5, 0, tmp_path / "out.jsonl")
+            write_sample(DATASETS[name], None, 5, 3, tmp_path / "an out.jsonl")
         said = str(raised.value)
         assert "\n" not in said
-        assert f"python -m gradjax.prepare --dataset={name} --source=" in said
+        command = shlex.split(said[said.index("python -m gradjax.prepare ") :])
+        assert command[3] == f"--dataset={name}"
+        assert command[4] in ("--source=FILE", "--source=DIR")
+        assert command[5:] == ["--sample=5", "--seed=3", f"--output={tmp_path / 'an out.jsonl'}"]
         if repo := DATASETS[name].repo:
             assert f"hf download {repo} --repo-type dataset --revision " in said
             assert f"https://huggingface.co/datasets/{repo}" in said
@@ -378,6 +410,22 @@ class TestHub:
         rows = read_rows(source, limit=3)
         assert rows == [{"instruction": question(i), "output": f"{i},000"} for i in range(3)]
 
+    def test_a_registered_name_comes_before_a_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        row = {"instruction": "a", "output": "b"}
+        datasets.Dataset.from_list([row]).save_to_disk("gsm8k_r1")
+        (name,), (path,), (other,) = map(
+            parse_data_flags, (["gsm8k_r1"], ["./gsm8k_r1"], ["magpie"])
+        )
+        with pytest.raises(GradjaxError, match=r"fetched by hand.* lies here: give \./gsm8k_r1 to"):
+            read_rows(name)
+        assert read_rows(path) == [row]
+        with pytest.raises(GradjaxError, match=r"--source=DIR --output=magpie\.jsonl$"):
+            read_rows(other)
+
 
 def test_the_program_lists_and_refuses():
     listed = prepare("--list")
@@ -387,3 +435,6 @@ def test_the_program_lists_and_refuses():
         assert dataset.note in listed
     assert "--dataset is not given" in prepare("--output=x.jsonl", status=1)
     assert "--output is not given" in prepare("--dataset=magpie", status=1)
+    refused = prepare("--dataset=magpie", "--output=.", status=1)
+    assert "--output=. is a directory; expected the .jsonl file" in refused
+    assert "Traceback" not in refused

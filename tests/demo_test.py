@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -140,6 +141,27 @@ def test_mixed_rows_are_what_their_kind_says(tmp_path):
         right = [[a == b for a, b, _ in equations(output)] for output in outputs]
         expected = {"slow": {True}, "fast": set(), "corrupted": {False}}[kind]
         assert all(set(results) == expected for results in right)
+
+
+def test_mixed_rows_are_written_whole_or_refused_in_a_sentence(tmp_path):
+    (tmp_path / "R D").mkdir()
+
+    def mixed(output):
+        command = [sys.executable, "-m", "gradjax.demo.mixed", "--rows=3", f"--output={output}"]
+        home = os.environ | {"HOME": str(tmp_path)}
+        return subprocess.run(command, capture_output=True, text=True, env=home)
+
+    assert mixed("~/R D/a.jsonl").returncode == 0
+    assert [path.name for path in (tmp_path / "R D").iterdir()] == ["a.jsonl"]
+    for output, message in (
+        (tmp_path / "none" / "a.jsonl", "a.jsonl cannot be written (No such file or directory)"),
+        (".", "--output=. is a directory; expected the .jsonl file to write"),
+    ):
+        refused = mixed(output)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert "Errno" not in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -198,6 +199,7 @@ class TestDryRun:
             ((), "give one of --table=N, --figure=NAME and --all"),
             (("--table=1", "--all"), "give one of"),
             (("--table=61",), "--table=61: configs/paper.csv has no such table; it has tables 1"),
+            (("--table=1,qwen2.5_7b",), "configs/paper.csv has no such table"),
             (("--figure=7",), "--figure=7: configs/paper.csv has no such figure"),
             (("--table",), "--table: expected --table=VALUE"),
             (("--limit=3",), "flags of gradjax.main come after --"),
@@ -217,6 +219,15 @@ def test_help_says_how_to_call_it():
     shown = call(ROOT, "--help").out
     assert "bash launch/paper.sh --table=N" in shown
     assert "--dry_run" in shown
+    assert "python -m gradjax.prepare --dataset=NAME --source=FILE --sample=200" in shown
+
+
+def test_help_says_which_tables_are_of_which_model(experiments: pd.DataFrame):
+    shown = " ".join(call(ROOT, "--help").out.split())
+    tables = experiments[experiments["kind"] == "table"]
+    for model, group in tables.astype({"number": int}).query("number > 4").groupby("model"):
+        first, last = group["number"].min(), group["number"].max()
+        assert re.search(rf"{first} to {last} (for the figures of )?{re.escape(str(model))}", shown)
 
 
 # Plays the five programs: notes how it was called and makes what the program would make.
@@ -244,9 +255,10 @@ class Played:
         self.here = folder / "a place"
         self.here.mkdir()
         self.calls = folder / "calls"
-        self.environment = os.environ | {"VENV": str(folder / "venv"), "CALLS": str(self.calls)}
+        self.venv = folder / "venv"
+        self.environment = os.environ | {"VENV": str(self.venv), "CALLS": str(self.calls)}
         self.environment.pop("JUDGE_BASE_URL", None)
-        make_venv(folder / "venv", PLAYED)
+        make_venv(self.venv, PLAYED)
 
     def run(self, *arguments: str, status: int = 0, **environment: str) -> tuple[list[str], str]:
         """The programs that were called, and what the script said."""
@@ -317,10 +329,54 @@ class TestResuming:
         assert called == ["prepare", "main", "report"]
         assert (data / "s1.1.jsonl").read_text() == "by hand"
 
-    def test_a_judge_has_to_be_named(self, played: Played):
-        called, said = played.run("--table=2", status=1)
+    def test_more_rows_than_the_paper_has_are_refused(self, played: Played):
+        file = played.here / "my runs/data/s1.1.jsonl"
+        file.parent.mkdir(parents=True)
+        (file.parent / f"{file.name}.sha256").write_text("by hand")
+        file.write_text("{}\n" * 201)
+        called, said = played.run("--table=11", "--output_dir=my runs", status=1)
         assert called == []
-        assert "JUDGE_BASE_URL is not set" in said
+        assert "my runs/data/s1.1.jsonl has 201 rows where the paper draws 200" in said
+        command = shlex.split(said[said.index("python -m gradjax.prepare ") :])[3:]
+        assert command == [
+            "--dataset=s1.1",
+            "--source=FILE",
+            "--sample=200",
+            "--seed=0",
+            "--output=my runs/data/s1.1.jsonl",
+        ]
+        file.write_text("{}\n" * 200)
+        called, _ = played.run("--table=11", "--output_dir=my runs")
+        assert called == ["prepare", "main", "report"]
+
+    def test_a_judge_has_to_be_named_where_it_is_asked(self, played: Played):
+        called, said = played.run("--table=2", status=1)
+        assert called == ["prepare"]
+        assert "JUDGE_BASE_URL is not set; for runs/paper/scores/magpie_difficulty" in said
+        played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
+        assert played.run("--table=2")[0] == []
+
+    def test_another_endpoint_has_the_same_judge(self, played: Played):
+        played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
+        assert played.run("--table=2", JUDGE_BASE_URL="http://127.0.0.1:2/v1")[0] == []
+
+    def test_settings_are_read_before_anything_is_made(self, played: Played):
+        (played.venv / "installed-requirements.txt").unlink()
+        for arguments, message in (
+            ((), "give one of --table=N"),
+            (("--table=1,5",), "--table=1,5: configs/paper.csv has no such table"),
+            (("--figure=7",), "the paper's other figures are drawn by the reports of the tables"),
+        ):
+            called, said = played.run(*arguments, status=1, PYTHON="no-such-python")
+            assert called == []
+            assert message in said
+            assert list(played.here.iterdir()) == []
+
+    def test_the_home_directory_may_be_named_by_a_tilde(self, played: Played):
+        home = played.here / "R&D"
+        played.run("--table=3", "--output_dir=~/x", HOME=str(home))
+        assert (home / "x/runs/qwen2.5_7b_gsm8k_fast_slow/report").is_dir()
+        assert list(played.here.iterdir()) == [home]
 
     def test_a_figure_has_one_report(self, played: Played):
         called, _ = played.run("--figure=families")

@@ -1,5 +1,6 @@
 """The report of runs whose numbers are known: statistics, tables, files and faults."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 
 import gradjax
 from gradjax.errors import GradjaxError
-from gradjax.report.compare import COLUMNS, compare, difference
+from gradjax.report.compare import COLUMNS, compare, difference, sentence
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.values import RunValues, example_values, read_values
@@ -149,6 +150,12 @@ def test_groups_without_common_lengths_need_an_equal_length_run(tmp_path):
     equal = read_values(write_run(tmp_path / "equal", cut, target_tokens=8))
     found = compare(run, "long", "short", equal)
     assert (found.primary, found.pairs) == ("equal_length", 0)
+    assert "first 8 target tokens of the 61 and 67 responses" in sentence(found)
+    pairs = found.equal_length_pairs
+    assert pairs > 40
+    assert f"{pairs} pairs of like prompts" in sentence(found)
+    balance = found.balance.set_index(["rows", "tokens"])
+    assert abs(balance.loc[("equal_length_matched", "prompt"), "difference"]) < 0.1
     assert verdicts(run, "long", "short", equal_length=equal)["nuclear_norm"] == "yes"
     assert verdicts(run, "long", "short", equal_length=equal)["effective_rank"] != "yes"
 
@@ -173,8 +180,17 @@ def test_length_and_balance_are_said(directory):
     assert found.length_auroc == pytest.approx((np.sign(high[:, None] - low).mean() + 1) / 2)
     balance = found.balance.set_index(["rows", "tokens"])
     before, after = balance.loc[("all", "target")], balance.loc[("matched", "target")]
+    assert found.cut == 0
     assert before["high"] == pytest.approx(np.exp(np.log(high).mean()))
     assert abs(after["difference"]) < abs(before["difference"]) / 3
+
+
+def test_pairs_of_cut_rows_are_counted(directory):
+    run = read_values(directory)
+    examples = run.examples.assign(truncated=run.examples["group"] == "long")
+    found = compare(dataclasses.replace(run, examples=examples), "long", "short")
+    assert found.cut == found.pairs
+    assert f"In {found.pairs} pairs a row was cut" in sentence(found)
 
 
 def test_tables_have_the_papers_means(directory):

@@ -32,11 +32,17 @@ class RegisteredDataset:
         return f"https://huggingface.co/datasets/{self.repo}"
 
     def to_row(self, row: object) -> object:
-        """A row of the source as gradjax reads it; one that lacks a column stays as it is."""
+        """A row of the source as gradjax reads it.
+
+        Where texts are converted, a row that lacks one is none of this data set, though gradjax
+        may be able to read it: its only field says which, so that it has status `invalid_row`.
+        """
         if not self.convert or not isinstance(row, Mapping):
             return row
-        texts = [text for text in map(row.get, self.columns) if isinstance(text, str)]
-        return self.convert(*texts) if len(texts) == len(self.columns) else row
+        for column in self.columns:
+            if not isinstance(row.get(column), str):
+                return {f"no {column}": row}
+        return self.convert(*map(row.get, self.columns))
 
 
 def _thinking_and_answer(question: str, thinking: str, answer: str) -> dict[str, str]:
@@ -126,17 +132,22 @@ DATASETS: dict[str, RegisteredDataset] = {
 }
 
 
-def fetch(dataset: RegisteredDataset) -> Path:
+def fetch(dataset: RegisteredDataset, flags: str = "") -> Path:
     """The Hub's files of a data set, in a directory that its commit names; cached ones offline.
+
+    Args:
+      dataset: which.
+      flags: what to give gradjax.prepare besides the data set and a source, for the advice.
 
     Raises:
       GradjaxError: if it has no repository or cannot be had; says what to fetch by hand.
     """
     prepare = f"python -m gradjax.prepare --dataset={dataset.name}"
+    flags = flags or f"--output={dataset.name}.jsonl"
     if not dataset.repo:
         raise GradjaxError(
             f"{dataset.name} has to be fetched by hand ({dataset.note}): get a file of rows with "
-            f"{' and '.join(dataset.columns)}, then {prepare} --source=FILE"
+            f"{' and '.join(dataset.columns)}, then {prepare} --source=FILE {flags}"
         )
     try:
         return Path(
@@ -154,5 +165,5 @@ def fetch(dataset: RegisteredDataset) -> Path:
             f"({dataset.licence}, {dataset.page}) and set HF_TOKEN if it is gated; or, where there "
             f"is a network, hf download {dataset.repo} --repo-type dataset --revision "
             f"{dataset.revision} --include '{dataset.files}' --local-dir DIR, then {prepare} "
-            "--source=DIR"
+            f"--source=DIR {flags}"
         ) from error

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import heapq
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def write_sample(
       GradjaxError: if the source is missing, unreadable or without a usable row, or the output
         cannot be written.
     """
-    place = Path(source).expanduser() if source else fetch(dataset)
+    flags = f"--sample={size} --seed={seed} --output={shlex.quote(str(output))}"
+    place = Path(source).expanduser() if source else fetch(dataset, flags)
     origin = str(place) if source else f"{dataset.repo} at {place.name}"
     sample = Sample(registered_rows(dataset, place), size, seed)
     dropped = [

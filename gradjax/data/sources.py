@@ -22,6 +22,8 @@ from gradjax.errors import GradjaxError
 DEMO = "demo"
 
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# As `datasets` names the files of a split: train-00001-of-00003.parquet.
+_SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})(\..*)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _FORMATS = (
     "a .json, .jsonl or .parquet file, a directory written by datasets.save_to_disk, "
@@ -81,7 +83,8 @@ def _parse(spec: str) -> list[Source]:
 def read_rows(source: Source, limit: int | None = None) -> list[object]:
     """The first `limit` rows of a source (all by default), in order.
 
-    A row of a JSON file is whatever stands there; rows of column stores are dicts.
+    A row of a JSON file is whatever stands there; rows of column stores are dicts. A registered
+    name comes before a path, as with models: what lies here under such a name is ./NAME.
     Raises GradjaxError when the source is missing, empty or cannot be read.
     """
     rows = list(itertools.islice(_rows(source, limit), limit))
@@ -96,9 +99,10 @@ def registered_rows(dataset: RegisteredDataset, place: pathlib.Path) -> Iterator
     """Every row of a registered data set, in order, as `gradjax.data.examples` reads it.
 
     `place` is a copy of its repository, or its rows in a file or a saved data set. Raises
-    GradjaxError when it is none of them or cannot be read.
+    GradjaxError when it is none of them, lacks some of its files or cannot be read.
     """
     if os.path.isdir(place) and (files := sorted(place.glob(dataset.files))):
+        _require_every_shard(files)
         rows = itertools.chain.from_iterable(_READERS[file.suffix](file) for file in files)
     elif os.path.isfile(place) or _is_saved(place):
         rows = _rows(Source(dataset.name, str(place.absolute())), None)
@@ -128,7 +132,7 @@ def _rows(source: Source, limit: int | None) -> Iterable[object]:
     if source.location == DEMO:
         return demo_rows(source.group)
     if dataset := DATASETS.get(source.location):
-        return registered_rows(dataset, fetch(dataset))
+        return registered_rows(dataset, _fetch(dataset))
     # os.path answers False where pathlib raises: names too long, folders that may not be read.
     path = pathlib.Path(os.path.expanduser(source.location))
     if os.path.isdir(path):
@@ -144,6 +148,28 @@ def _rows(source: Source, limit: int | None) -> Iterable[object]:
     if _HUB_ID.fullmatch(source.location):
         return _read_hub(source.location, limit)
     raise GradjaxError(f"There is no data source {source.location!r}: expected {_FORMATS}.")
+
+
+def _fetch(dataset: RegisteredDataset) -> pathlib.Path:
+    try:
+        return fetch(dataset)
+    except GradjaxError as error:
+        if not os.path.exists(dataset.name):
+            raise
+        raise GradjaxError(
+            f"{error}; something of this name lies here: give ./{dataset.name} to read it"
+        ) from error
+
+
+def _require_every_shard(files: Sequence[pathlib.Path]) -> None:
+    there = {file.name for file in files}
+    for start, count, end in {shard.groups() for shard in map(_SHARD.fullmatch, there) if shard}:
+        names = [f"{start}{i:05d}-of-{count}{end}" for i in range(int(count))]
+        if missing := [name for name in names if name not in there]:
+            raise GradjaxError(
+                f"{files[0].parent} lacks {len(missing)} of {len(names)} files, the first of them "
+                f"{missing[0]}: put them there too."
+            )
 
 
 def _read_json(path: pathlib.Path) -> Iterator[object]:

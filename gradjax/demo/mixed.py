@@ -7,12 +7,14 @@ response is: `slow` (worked out), `fast` (the answer alone) or `corrupted` (work
 """
 
 import json
+import os
 from pathlib import Path
 
 from absl import flags
 
 from gradjax.demo.problems import mixed_rows
 from gradjax.errors import GradjaxError
+from gradjax.places import whole_file
 from gradjax.program import start
 
 flags.DEFINE_integer("rows", 1000, "how many", lower_bound=1)
@@ -23,14 +25,15 @@ flags.DEFINE_string("output", None, "the .jsonl file to write", required=True)
 def main(_: list[str]) -> None:
     """Writes the file and says how many rows of each kind it has."""
     values = flags.FLAGS
+    output = Path(values.output).expanduser()
+    if os.path.isdir(output):
+        raise GradjaxError(f"--output={output} is a directory; expected the .jsonl file to write")
     rows = mixed_rows(values.rows, values.seed)
-    try:
-        Path(values.output).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    except OSError as error:
-        raise GradjaxError(f"--output={values.output} cannot be written ({error})") from error
+    with whole_file(output) as temporary:
+        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     kinds = [row["kind"] for row in rows]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    print(f"{len(rows)} rows in {values.output}: {counts}")
+    print(f"{len(rows)} rows in {output}: {counts}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ ENOUGH = 0.5  # share of rows matched from which matched pairs are the primary v
 _RESAMPLES = 2_000
 View = Literal["matched", "equal_length", "none"]
 Sides = tuple[pd.DataFrame, pd.DataFrame]  # the rows of high and of low
-Effects = dict[Any, Effect | None]  # by statistic and projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Comparison:
     `table` has one row per statistic and projection with `COLUMNS` but for `p_adjusted`, and the
     unadjusted `p`, AUROC's interval, the effect in the equal-length run and `rank_effect`.
     `balance` has geometric means of target and prompt tokens and their standardised difference,
-    of all rows and of the matched.
+    of all rows and of the matched, in the run and in the equal-length run.
     """
 
     model: str
@@ -64,7 +63,9 @@ class Comparison:
     matched_share: float
     balance: pd.DataFrame
     equal_length: int | None  # target tokens of the equal-length run, where there is one
-    equal_length_pairs: int  # its rows paired on prompt tokens
+    equal_length_rows: tuple[int, int]  # its rows that are used: of high, of low
+    equal_length_pairs: int  # of them, paired on prompt tokens
+    cut: int  # matched pairs of which a row was cut at --max_length
     primary: View  # what decides
 
     @property
@@ -86,19 +87,21 @@ def compare(
     """
     sides = run.rows(high), run.rows(low)
     values = example_values(run)
-    pairs, matched = _matched_effects(values, sides, "target")
+    matched = _match(values, sides, "target")
+    pairs = matched.pairs
     share = len(pairs) / min(map(len, sides))
     equal_length = run if run.target_tokens else equal_length
-    equal_pairs, equal = _equal_length_effects(run, high, low, equal_length)
+    equal = _match_equal_lengths(run, high, low, equal_length) if equal_length else None
     primary: View = "matched" if len(pairs) >= FEWEST_PAIRS else "none"
     if equal_length and (share < ENOUGH or equal_length is run):
         primary = "equal_length"
-    lengths = [_lengths(rows) for rows in sides]
+    logs = [side.logs for side in matched.lengths]
     rows = []
     for statistic, projection in values.columns:
         ours, theirs = _both(values[statistic, projection], sides)
-        alone = equal.get((statistic, projection))
-        deciding = alone if primary == "equal_length" else matched[statistic, projection]
+        at_length = matched.effects[statistic, projection]
+        alone = equal.effects.get((statistic, projection)) if equal else None
+        deciding = alone if primary == "equal_length" else at_length
         rows.append(
             {
                 "comparison": f"{high}:{low}",
@@ -106,13 +109,17 @@ def compare(
                 "projection": projection,
                 **difference(ours, theirs),
                 "matched_pairs": len(pairs),
-                **_shown("matched", matched[statistic, projection]),
+                **_shown("matched", at_length),
                 **_shown("equal_length", alone),
-                "rank_effect": _rank_effect(ours, theirs, lengths[0].logs, lengths[1].logs),
+                "rank_effect": _rank_effect(ours, theirs, *logs),
                 "prompts_apart": deciding.prompts_apart if deciding else np.nan,
                 "beyond_length": deciding.verdict if deciding else "undecided",
             }
         )
+    balances = [matched.balance("all", "matched")]
+    if equal:
+        balances.append(equal.balance("equal_length_all", "equal_length_matched"))
+    truncated = [side["truncated"].to_numpy() for side in sides]
     return Comparison(
         model=run.name,
         high=high,
@@ -122,9 +129,11 @@ def compare(
         loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in sides)),
         pairs=len(pairs),
         matched_share=share,
-        balance=_balance(lengths[0], lengths[1], pairs),
+        balance=pd.concat(balances, ignore_index=True),
         equal_length=equal_length.target_tokens if equal_length else None,
-        equal_length_pairs=len(equal_pairs),
+        equal_length_rows=equal.rows if equal else (0, 0),
+        equal_length_pairs=len(equal.pairs) if equal else 0,
+        cut=int((truncated[0][pairs[:, 0]] | truncated[1][pairs[:, 1]]).sum()),
         primary=primary,
     )
 
@@ -220,35 +229,61 @@ def _basis(comparison: Comparison) -> str:
         )
     basis = f"By {pairs}."
     if comparison.primary == "equal_length":
+        high, low = comparison.equal_length_rows
         basis = (
-            f"By the first {comparison.equal_length} target tokens of responses, "
-            f"{comparison.equal_length_pairs} pairs matched on prompt length."
+            f"By the first {comparison.equal_length} target tokens of the {high} and {low} "
+            f"responses that have them, {comparison.equal_length_pairs} pairs of like prompts."
         )
         if comparison.equal_length_pairs < FEWEST_PAIRS:
             return f"{basis} Fewer than {FEWEST_PAIRS} decide nothing."
+    elif comparison.cut:
+        basis += f" In {comparison.cut} pairs a row was cut at --max_length: by what was left."
     apart = comparison.table["prompts_apart"].abs().max()
     if apart > PROMPTS_APART:
         basis += f" Prompts are too unlike in length: {apart:.1f} standard deviations apart."
     return basis
 
 
-def _matched_effects(
-    values: pd.DataFrame, sides: Sides, on: Literal["target", "prompt"]
-) -> tuple[np.ndarray, Effects]:
-    """Pairs of the sides' rows, and the effects among them."""
-    high, low = (_lengths(rows) for rows in sides)
+@dataclasses.dataclass(frozen=True)
+class _Matched:
+    """Pairs of two sides' rows, and the effects among them by statistic and projection."""
+
+    lengths: tuple[Lengths, Lengths]
+    pairs: np.ndarray
+    effects: dict[Any, Effect | None]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """How many each side has."""
+        return len(self.lengths[0].target), len(self.lengths[1].target)
+
+    def balance(self, of_all: str, of_pairs: str) -> pd.DataFrame:
+        """Geometric means and standardised differences of log tokens, under these names."""
+        found = []
+        logs = self.lengths[0].logs, self.lengths[1].logs
+        # The same spread before and after matching, so that the two can be compared.
+        spread = np.sqrt(sum(side.var(axis=0) for side in logs) / 2)
+        paired = logs[0][self.pairs[:, 0]], logs[1][self.pairs[:, 1]]
+        for which, (ours, theirs) in ((of_all, logs), (of_pairs, paired)):
+            for column, kind in enumerate(("target", "prompt")):
+                if len(ours):
+                    means = ours[:, column].mean(), theirs[:, column].mean()
+                    apart = (means[0] - means[1]) / spread[column] if spread[column] else 0.0
+                    found.append((which, kind, *np.exp(means), apart))
+        return pd.DataFrame(found, columns=["rows", "tokens", "high", "low", "difference"])
+
+
+def _match(values: pd.DataFrame, sides: Sides, on: Literal["target", "prompt"]) -> _Matched:
+    high, low = _lengths(sides[0]), _lengths(sides[1])
     pairs = match(high, low, on)
-    return pairs, {
+    effects = {
         name: matched_effect(*_both(values[name], sides), high.logs, low.logs, pairs)
         for name in values.columns
     }
+    return _Matched((high, low), pairs, effects)
 
 
-def _equal_length_effects(
-    run: RunValues, high: str, low: str, equal_length: RunValues | None
-) -> tuple[np.ndarray, Effects]:
-    if equal_length is None:
-        return np.zeros((0, 2), int), {}
+def _match_equal_lengths(run: RunValues, high: str, low: str, equal_length: RunValues) -> _Matched:
     if equal_length.target_tokens is None:
         raise GradjaxError(
             f"--equal_length_run={equal_length.directory}: it was not run with --target_tokens=N"
@@ -259,7 +294,7 @@ def _equal_length_effects(
             f"{', '.join(unlike)}; give a run of the same command with --target_tokens=N"
         )
     sides = equal_length.rows(high), equal_length.rows(low)
-    return _matched_effects(example_values(equal_length), sides, "prompt")
+    return _match(example_values(equal_length), sides, "prompt")
 
 
 def _unlike(run: RunValues, other: RunValues, groups: tuple[str, str]) -> list[str]:
@@ -313,18 +348,3 @@ def _rank_effect(
         return np.nan
     ranks = 100 * stats.rankdata(values[known]) / known.sum()
     return float(sm.OLS(ranks, inputs[known]).fit().params[0])
-
-
-def _balance(high: Lengths, low: Lengths, pairs: np.ndarray) -> pd.DataFrame:
-    """Geometric means and standardised differences of log tokens, of all rows and matched ones."""
-    rows = []
-    logs = high.logs, low.logs
-    spread = np.sqrt(sum(side.var(axis=0) for side in logs) / 2)
-    chosen = {"all": logs, "matched": (logs[0][pairs[:, 0]], logs[1][pairs[:, 1]])}
-    for which, (ours, theirs) in chosen.items():
-        for column, kind in enumerate(("target", "prompt")):
-            if len(ours):
-                means = ours[:, column].mean(), theirs[:, column].mean()
-                apart = (means[0] - means[1]) / spread[column] if spread[column] else 0.0
-                rows.append((which, kind, *np.exp(means), apart))
-    return pd.DataFrame(rows, columns=["rows", "tokens", "high", "low", "difference"])

@@ -2,11 +2,12 @@
 
 A gradient is a sum over tokens, so its norms and its rank follow the response's length, and groups
 of different quality mostly differ in length too. Rows of both groups are paired on the logarithm
-of their target tokens; what length difference remains within pairs is taken off by regressing the
-pairs' log ratios of the statistic on the differences of cubics in log target and log prompt tokens
-(regression after matching: Rubin 1973, Biometrics 29:185). Statistics are positive
-and vary in proportion, so they are compared as logarithms: in the simulations of
-tests/length_test.py this finds effects that differences in units miss.
+of their target tokens (of their prompt tokens where all targets are equally many); what length
+difference remains within pairs is taken off by regressing the pairs' log ratios of the statistic
+on the differences of cubics in log target and log prompt tokens (regression after matching: Rubin
+1973, Biometrics 29:185). Statistics are positive and vary in proportion, so they are compared as
+logarithms: in the simulations of `benchmarks.length` this finds effects that differences in units
+miss.
 """
 
 import dataclasses

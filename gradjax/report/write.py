@@ -197,7 +197,10 @@ def _control(comparison: Comparison) -> dict[str, object]:
         "matched_pairs": comparison.pairs,
         "matched_share": comparison.matched_share,
         "equal_length": comparison.equal_length,
+        "equal_length_n_high": comparison.equal_length_rows[0],
+        "equal_length_n_low": comparison.equal_length_rows[1],
         "equal_length_pairs": comparison.equal_length_pairs,
+        "pairs_cut": comparison.cut,
         "decided_by": comparison.primary,
     }
 
