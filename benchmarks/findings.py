@@ -17,6 +17,7 @@ from absl import flags
 from gradjax.model.registry import load_tokenizer, resolve
 from gradjax.program import start
 from gradjax.report.compare import auroc
+from gradjax.report.length import Lengths, match, standard_difference
 from gradjax.report.published import published_table
 from gradjax.score.judge import parse_difficulty, parse_tags
 
@@ -42,13 +43,31 @@ def read(directory: Path, name: str) -> pd.DataFrame:
 
 def claims() -> pd.DataFrame:
     """In how many cells of the published tables each claim of the paper holds."""
-    # The paper prints some experiments twice.
+    # The paper prints some experiments twice, not always with the same digits: the first counts.
     cell = ["model", "experiment", "statistic", "projection"]
     spectra = published_table("spectra").drop_duplicates(cell)
-    high, low = spectra["high"], spectra["low"]
-    spectra = spectra.assign(larger=high > low, equal=high == low, smaller=high < low)
+    gap = spectra["gap"]  # as printed: of numbers that were rounded less
+    spectra = spectra.assign(larger=gap > 0, equal=gap == 0, smaller=gap < 0)
     keys = ["statistic", "dataset", "metric"]
     return spectra.groupby(keys, sort=False)[["larger", "equal", "smaller"]].sum()
+
+
+def other_claims() -> pd.DataFrame:
+    """Cells in which s1.1 has a larger effective rank than every instruction subset; cosines."""
+    spectra = published_table("spectra")
+    ranks = spectra[spectra["statistic"] == "effective_rank"]
+    instruction = ranks[ranks["dataset"].isin(["wizardlm", "magpie", "openhermes"])]
+    cell = ["model", "projection"]
+    most = instruction.groupby(cell)[["high", "low"]].max().max(axis=1)
+    s1 = ranks[ranks["dataset"] == "reasoning"].groupby(cell)["high"].min()
+    cosines = published_table("similarity")[["high", "low"]].abs().to_numpy().max()
+    return pd.DataFrame(
+        {
+            "s1.1 largest": [(s1 > most.loc[s1.index]).sum()],
+            "of": [len(s1)],
+            "largest |cosine|": [cosines],
+        }
+    )
 
 
 def lengths(directory: Path) -> pd.DataFrame:
@@ -87,6 +106,25 @@ def ties(directory: Path) -> pd.DataFrame:
             cutoff = values.agg(worst)
             at = int((values == cutoff).sum())
             found[f"{metric} {side}"] = {"cutoff": cutoff, "rows at it": at, "rows": len(values)}
+    return pd.DataFrame.from_dict(found, orient="index")
+
+
+def pairs(directory: Path) -> pd.DataFrame:
+    """Pairs of rows of like response length, by uncut tokens of the embedded tokenizer."""
+    tokenizer = load_tokenizer(resolve("demo").directory)
+    found = {}
+    for name, names in PAIRS.items():
+        sides = []
+        for rows in (read(directory, one) for one in names):
+            counts = [
+                [len(tokenizer(text, verbose=False).input_ids) for text in rows[column]]
+                for column in ("output", "instruction")
+            ]
+            sides.append(Lengths(np.array(counts[0]), np.array(counts[1])))
+        matched = match(*sides)
+        logs = [side.logs[matched[:, i], 1] for i, side in enumerate(sides)]
+        apart = standard_difference(*logs) if len(matched) else np.nan
+        found[name] = {"pairs": len(matched), "prompts, standard deviations apart": apart}
     return pd.DataFrame.from_dict(found, orient="index")
 
 
@@ -136,7 +174,8 @@ def main(_: list[str]) -> None:
     """Prints every table."""
     directory = Path(flags.FLAGS.data)
     print(f"Cells of the paper's tables, high against low\n{claims().to_string()}\n")
-    for work in (lengths, correlations, ties, cut, judged):
+    print(f"{(other_claims.__doc__ or '').strip()}\n{other_claims().to_string(index=False)}\n")
+    for work in (lengths, pairs, correlations, ties, cut, judged):
         title = (work.__doc__ or "").strip().rstrip(".")
         print(f"{title}\n{work(directory).to_string(float_format='{:.3f}'.format)}\n")
 
