@@ -69,7 +69,10 @@ def write_scores(directory: Path, sources: dict[str, Path], **columns: list[Any]
 
 
 def select(output: Path, by: str = "m", scores: Any = (), data: Any = (), **flags: Any) -> Path:
-    config = SelectConfig(rule(by, **flags), tuple(scores), tuple(data), output_dir=str(output))
+    over = {name: flags.pop(name) for name in ("layers", "projections") if name in flags}
+    config = SelectConfig(
+        rule(by, **flags), tuple(scores), tuple(data), output_dir=str(output), **over
+    )
     return write_selection(config).directory
 
 
@@ -162,17 +165,45 @@ class TestChoose:
         expected = 2 * shares["a"] - 0.5 * shares["b"]
         np.testing.assert_allclose(value, expected.reindex(range(31)), atol=1e-12)
 
-    @pytest.mark.parametrize("metric", ["ifd", "ifd_gpt2", "ifd_loss_ratio"])
+    def test_random_rows_are_of_the_range(self):
+        keys, metrics = frames(m=[*range(9), None])
+        for flags in ({}, {"top": 1}):
+            choice = choose(keys, metrics, rule(range="2:5", random="75%", **flags))
+            assert len(choice.parts["random"]) == 3
+            assert set(choice.parts["random"]) <= {2, 3, 4, 5}
+        with pytest.raises(GradjaxError, match=r"--random=5 is 5 rows: expected 1 to 4, as 4 of"):
+            choose(keys, metrics, rule(range="2:5", random=5))
+
+    @pytest.mark.parametrize("metric", ["ifd", "ifd_gpt2", "ifd_qwen7b", "ifd_loss_ratio"])
     def test_an_ifd_outside_its_bounds_is_not_usable(self, metric: str):
         keys, metrics = frames(**{metric: [0, 1, -0.1, 1.1, None]})
         why = choose(keys, metrics, rule(metric, bottom=2)).why
         outside = f"{metric} is outside 0 to 1"
         assert list(why) == ["", "", outside, outside, f"{metric} is null"]
 
-    def test_a_perplexity_over_its_bound_is_not_usable(self):
-        keys, metrics = frames(perplexity=[10_000, 10_001, 3], ifd=[0.2, 0.1, 0.3])
-        assert list(choose(keys, metrics, rule("perplexity", top=1)).parts["high"]) == [0]
+    @pytest.mark.parametrize(
+        "metric", ["perplexity", "ppl_gpt2", "ppl_qwen7b", "perplexity_without_instruction"]
+    )
+    def test_a_perplexity_over_its_bound_is_not_usable(self, metric: str):
+        keys, metrics = frames(**{metric: [10_000, 10_001, 3], "ifd": [0.2, 0.1, 0.3]})
+        assert list(choose(keys, metrics, rule(metric, top=1)).parts["high"]) == [0]
         assert list(choose(keys, metrics, rule("ifd", bottom=1)).parts["low"]) == [1]
+
+    @pytest.mark.parametrize("metric", ["ifd_rank", "ifd_qwen_rank", "perplexity_bin", "ppl", "m"])
+    def test_other_numbers_have_no_bounds(self, metric: str):
+        keys, metrics = frames(**{metric: [-1, 500, 20_000]})
+        assert list(choose(keys, metrics, rule(metric, top=3)).parts["high"]) == [2, 1, 0]
+
+    def test_rows_outside_the_bounds_are_counted(self, tmp_path: Path):
+        rows = [text_row(i, perplexity=10.0**i) for i in range(9)]
+        path = write_rows(tmp_path / "g.jsonl", rows)
+        config = SelectConfig(
+            rule("perplexity", bottom=1), data=(str(path),), output_dir=str(tmp_path / "out")
+        )
+        assert write_selection(config).text.startswith(
+            "5 of 9 rows can be ranked by perplexity; of 4 perplexity is outside 0 to 10000, the "
+            "paper's bounds\n"
+        )
 
 
 class TestMatchLength:
@@ -194,10 +225,10 @@ class TestMatchLength:
 
     def test_sides_become_equally_long(self, tmp_path: Path):
         rng = np.random.default_rng(0)
-        tokens = np.exp(rng.normal(5, 1, 2000)).astype(int) + 1
-        m = 0.3 * np.log(tokens) + rng.normal(size=2000)
-        path = write_rows(tmp_path / "g.jsonl", [text_row(i) for i in range(2000)])
-        scores = write_scores(tmp_path / "s", {"g": path}, m=m, num_target_tokens=tokens)
+        lengths = np.exp(rng.normal(5, 1, 2000)).astype(int) + 1
+        m = 0.3 * np.log(lengths) + rng.normal(size=2000)
+        path = write_rows(tmp_path / "g.jsonl", [text_row(n - 1) for n in lengths])
+        scores = write_scores(tmp_path / "s", {"g": path}, m=m)
 
         def summary_of(**flags: Any) -> dict[str, Any]:
             directory = select(tmp_path / "selected", scores=[scores], **flags)
@@ -208,31 +239,28 @@ class TestMatchLength:
         matched = summary_of(top=100, bottom=100, match_length=True)
         assert plain["length_auroc"] > 0.7
         assert abs(matched["length_auroc"] - 0.5) < 0.05
-        assert matched["lengths_of"] == "num_target_tokens"
         rows = {p: pd.read_parquet(tmp_path / "selected" / f"{p}.parquet") for p in ("high", "low")}
         assert len(rows["high"]) == len(rows["low"]) == 100
         assert rows["low"]["m"].max() <= np.median(m)
-        high, low = (np.log(rows[part]["num_target_tokens"]) for part in ("high", "low"))
+        high, low = (np.log(rows[part]["output"].str.len()) for part in ("high", "low"))
         spread = np.sqrt((high.var(ddof=0) + low.var(ddof=0)) / 2)
         assert matched["unlike_pairs"] == (abs(high - low) > 0.2 * spread).sum()
 
     def test_pairs_that_are_too_unlike_are_counted(self, tmp_path: Path):
-        path = write_rows(tmp_path / "g.jsonl", [text_row(i) for i in range(8)])
-        tokens = [5, 6, 7, 8, 9, 9, 400, 6]
-        scores = write_scores(
-            tmp_path / "s", {"g": path}, m=list(range(8)), num_target_tokens=tokens
-        )
+        lengths = [5, 6, 7, 8, 9, 9, 400, 6]
+        path = write_rows(tmp_path / "g.jsonl", [text_row(n - 1) for n in lengths])
+        scores = write_scores(tmp_path / "s", {"g": path}, m=list(range(8)))
         directory = select(tmp_path / "out", scores=[scores], top=2, match_length=True)
-        lows = pd.read_parquet(directory / "low.parquet")["num_target_tokens"]
+        lows = pd.read_parquet(directory / "low.parquet")["output"].str.len()
         assert list(lows) == [6, 8]  # for 6 and 400
         assert json.loads((directory / "summary.json").read_text())["unlike_pairs"] == 1
 
-    def test_characters_of_responses_stand_in_for_tokens(self, tmp_path: Path):
+    def test_lengths_are_of_whole_responses(self, tmp_path: Path):
         order = [3, 9, 1, 7, 5, 0, 8, 2, 6, 4]
         path = write_rows(tmp_path / "g.jsonl", [text_row(i) for i in order])
-        scores = write_scores(tmp_path / "s", {"g": path}, m=list(range(10)))
+        cut = {"num_target_tokens": [1] * 10}  # as by a model's window
+        scores = write_scores(tmp_path / "s", {"g": path}, m=list(range(10)), **cut)
         directory = select(tmp_path / "out", scores=[scores], top=2, match_length=True)
-        assert json.loads((directory / "summary.json").read_text())["lengths_of"] == "characters"
         # High have 5 and 7 characters, the lower half 4, 10, 2, 8 and 6.
         lengths = [
             len(row["output"]) for row in read_rows(Source("", str(directory / "low.jsonl")))
@@ -240,7 +268,22 @@ class TestMatchLength:
         assert lengths == [6, 8]
         alone = select(tmp_path / "alone", scores=[scores], top=2)
         (part,) = json.loads((alone / "summary.json").read_text())["parts"]
-        assert part["geometric_mean_length"] == pytest.approx((5 * 7) ** 0.5)
+        assert part["geometric_mean_characters"] == pytest.approx((5 * 7) ** 0.5)
+
+    @pytest.mark.parametrize("flags", [{"match_length": True}, {"bottom": 50}])
+    def test_sides_of_one_value_are_warned_of(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: dict[str, Any]
+    ):
+        rows = [text_row(i, m=3 if i < 450 else i) for i in range(500)]
+        path = write_rows(tmp_path / "g.jsonl", rows)
+        directory = select(tmp_path / "all", data=[str(path)], top=51, **flags)
+        assert "high and low share the value 3" in caplog.text
+        cutoffs = json.loads((directory / "summary.json").read_text())["cutoffs"]
+        assert [cutoff["tied"] for cutoff in cutoffs] == [450, 450]
+        assert [cutoff["taken"] for cutoff in cutoffs] == [1, 51 if "match_length" in flags else 50]
+        caplog.clear()
+        select(tmp_path / "higher", data=[str(path)], top=50, **flags)
+        assert "share the value" not in caplog.text
 
     def test_a_row_of_unknown_length_is_not_usable(self):
         keys, metrics = frames(m=[1, 2, 3, 4], length=[5, np.nan, 5, 5])
@@ -363,6 +406,29 @@ class TestFiles:
         assert shifted["high_jaccard"] == pytest.approx(2 / 6)
         assert shifted["high_by_chance"] == pytest.approx(4 * 4 / 20)
 
+    def test_chance_is_of_the_rows_that_either_may_choose_from(self, tmp_path: Path):
+        path = write_rows(tmp_path / "g.jsonl", [text_row(i) for i in range(20)])
+        # m chooses from 2 to 17, ifd from 10 to 19: 8 of 16 and of 10 rows are the same.
+        ifd = [2.0] * 10 + [i / 10 for i in range(10)]
+        scores = write_scores(tmp_path / "s", {"g": path}, m=list(range(20)), ifd=ifd)
+        directory = select(tmp_path / "out", scores=[scores], top=4, range="2:17")
+        (found,) = json.loads((directory / "summary.json").read_text())["overlap"]
+        assert found["high_by_chance"] == pytest.approx(8 * 4 / 16 * 4 / 10)
+
+    @pytest.mark.parametrize(("by", "others"), [("m*2", ["n"]), ("m*-1", ["m", "n"])])
+    def test_overlap_is_with_other_rankings(self, tmp_path: Path, by: str, others: list[str]):
+        path = write_rows(tmp_path / "g.jsonl", [text_row(i, m=i, n=-i) for i in range(9)])
+        directory = select(tmp_path / "out", by=by, data=[str(path)], top=2)
+        found = json.loads((directory / "summary.json").read_text())["overlap"]
+        assert [row["metric"] for row in found] == others
+
+    def test_equal_rows_of_a_part_are_counted(self, tmp_path: Path):
+        rows = [text_row(i // 3, m=i // 3) for i in range(9)]  # each three times
+        path = write_rows(tmp_path / "g.jsonl", rows)
+        directory = select(tmp_path / "out", data=[str(path)], top=5, bottom=1)
+        parts = json.loads((directory / "summary.json").read_text())["parts"]
+        assert {part["part"]: part["duplicates"] for part in parts} == {"high": 3, "low": 0}
+
     def test_again_is_the_same_and_other_settings_are_refused(self, tmp_path: Path):
         path = write_rows(tmp_path / "g.jsonl", [text_row(i, m=i % 3) for i in range(30)])
         flags = {"data": [str(path)], "top": 5}
@@ -459,7 +525,6 @@ class TestScores:
         # Layers 0 and 1 have 1 and 8/7 times the rank, k has 6/5 times.
         expected = ranks * (1 + 8 / 7) / 2 * 6 / 5
         np.testing.assert_allclose(scored.metrics["effective_rank"][:11], expected)
-        assert list(scored.keys["length"][:11]) == list(target)
         choice = choose(scored.keys, scored.metrics, rule("effective_rank", top=4))
         assert list(choice.parts["high"]) == list(np.argsort(-ranks)[:4])
         assert list(choice.why[11:]) == ["empty_response"] * 2
@@ -511,7 +576,11 @@ class TestFaults:
             ({"range": "3:2"}, r"--range=3:2: expected LOW:HIGH"),
             ({"range": ":"}, r"--range=:: expected LOW:HIGH"),
             ({"range": "nan:"}, r"--range=nan:: expected LOW:HIGH"),
-            ({"range": "7:8"}, r"--range leaves no row: .*4 times outside --range=7:8"),
+            ({"range": "7:8"}, r"no row can be chosen: 4 times outside --range=7:8, 1 times m is"),
+            ({"range": "7:8", "top": 1}, r"no row can be chosen: 4 times outside"),
+            ({"range": "3:", "top": 2}, r"--top=2 is 2 rows: expected 1, as 1 of 5 rows"),
+            ({"top": 1, "layers": "0"}, r"--layers=0 says over .* no --scores is a run"),
+            ({"top": 1, "projections": ("k",)}, r"--projections=k says over .* no --scores is"),
             ({"bottom": 1, "match_length": True}, r"--match_length .* expected --top"),
             ({"top": 1, "bottom": 2, "match_length": True}, r"--bottom=2: with --match_length"),
             ({"top": 3, "match_length": True}, r"--top=3 with --match_length: .* at most 2"),

@@ -91,9 +91,8 @@ def main(_: list[str]) -> None:
     else:
         directory = score(config)
         print(format_scores(directory))
-        print(
-            f"\nThe scores are in {directory}; next: python -m gradjax.select --scores={directory}"
-        )
+        print(f"\nRows by them: python -m gradjax.select --scores={directory} --by=METRIC --top=N")
+        print(f"\nThe scores are in {directory}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ rejected.parquet, every other row with the reason; summary.json, which is printe
   python -m gradjax.select --data=wizardlm.json --by=instag --top=200 --bottom=200 --seed=1
 
 Not usable are rows whose status is not ok or that have no number of a metric of --by, an ifd
-outside 0 to 1, or a perplexity over 10000.
+outside 0 to 1, or a perplexity over 10000 (as most have by a weak model).
 """
 
 from absl import flags
@@ -30,11 +30,10 @@ TOP = "the N highest rows, or a share of the usable ones, as in 10%"
 BOTTOM = "likewise the lowest; ties at either cutoff are drawn by --seed"
 RANGE = """LOW:HIGH, ends included, either may be left out: choose among the rows whose value by
 --by lies within; without --top and --bottom, all of them"""
-RANDOM = """N of the usable rows at random, or a share of them, whether or not they are in high or
-low"""
-MATCH_LENGTH = f"""{MATCHING}. Lengths are target tokens, or characters of the response where no
---scores have num_target_tokens"""
-LAYERS = "over which a run's statistics are averaged: all, or numbers and ranges from 0"
+RANDOM = """N of the usable rows at random, or a share of them, within --range if that is given,
+whether or not they are in high or low"""
+LAYERS = """over which the statistics of a run among --scores are averaged: all, or numbers and
+ranges from 0"""
 OUTPUT_DIR = "where to write (default: selections/{by})"
 
 flags.DEFINE_multi_string("scores", [], SCORES)
@@ -44,7 +43,7 @@ flags.DEFINE_string("top", None, TOP)
 flags.DEFINE_string("bottom", None, BOTTOM)
 flags.DEFINE_string("range", None, RANGE)
 flags.DEFINE_string("random", None, RANDOM)
-flags.DEFINE_boolean("match_length", False, MATCH_LENGTH)
+flags.DEFINE_boolean("match_length", False, MATCHING)
 flags.DEFINE_string("layers", "all", LAYERS)
 flags.DEFINE_list("projections", list(PROJECTIONS), "likewise, some of q,k,v,o")
 flags.DEFINE_integer("seed", 0, "of ties, of the random rows and of the order of matching")

@@ -1,6 +1,7 @@
 """Scores -> positions of the chosen rows, and why each other row was left out. Reads no files."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,16 +12,21 @@ from scipy import stats
 from gradjax.errors import GradjaxError
 from gradjax.select.rule import Amount, Rule, Term
 
-# What is a valid number, by how a metric's name begins. The paper's code has these bounds, each
-# for its own metric: a response of its released IFD selection has a perplexity of 23,276.
-VALID = {"ifd": (0, 1), "perplexity": (0, 10_000), "ppl": (0, 10_000)}
+# What is a valid number, by a metric's name, here or in the paper's files. The paper's code has
+# these bounds, each for its own metric: a response of its released IFD selection has a perplexity
+# of 23,276.
+_BY_MODEL = r"gpt2|qwen[\d._]*b?"
+VALID = {
+    rf"ifd(_loss_ratio|_({_BY_MODEL}))?": (0, 1),
+    rf"perplexity(_with(out)?_instruction)?|ppl_({_BY_MODEL})": (0, 10_000),
+}
 HIGH, LOW, RANGE, RANDOM = "high", "low", "range", "random"
 POOL = "the lower half"  # where rows that match a length are drawn from
 
 
 @dataclasses.dataclass(frozen=True)
 class Cutoff:
-    """The last value that was taken, how many rows to choose from have it, how many were taken."""
+    """The last value within reach, how many rows to choose from have it, how many were taken."""
 
     value: float
     tied: int
@@ -37,6 +43,7 @@ class Choice:
     """
 
     value: np.ndarray  # float64 [n], what rows are ranked by; NaN where a row is not usable
+    candidates: np.ndarray  # bool [n], the rows to choose from: the usable ones within the range
     parts: dict[str, np.ndarray]  # int64 [rows of the part]
     cutoffs: dict[str, Cutoff]  # of high and of low, or of the lower half
     why: np.ndarray  # object [n], str: "" for a chosen row, else what kept it out
@@ -50,38 +57,44 @@ def choose(keys: pd.DataFrame, metrics: pd.DataFrame, rule: Rule) -> Choice:
       metrics: numbers of the same rows, NaN where unknown.
 
     Raises:
-      GradjaxError: if more rows are asked for than are usable, or high and low would share some.
+      GradjaxError: if more rows are asked for than can be chosen, or high and low would share some.
     """
     why, value = rank_values(keys["status"], metrics, rule.by)
     lengths = keys["length"].to_numpy(float)
     if rule.match_length:
         _reject(why, ~(lengths > 0), "its length is not known")
         value[why != ""] = np.nan
-    usable = np.flatnonzero(why == "")
-    drawn = _count("random", rule.random, len(usable), why) if rule.random else 0
     if rule.range:
         low, high = rule.range
         _reject(why, ~((value >= low) & (value <= high)), f"outside --range={low:g}:{high:g}")
-    ascending = ascend(value, why == "", rule.seed)
+    candidates = why == ""
+    if not candidates.any():
+        raise GradjaxError(
+            f"no row can be chosen: {_left_out(why) or 'there is none'}; give other rows, another "
+            "--by or a wider --range"
+        )
+    ascending = ascend(value, candidates, rule.seed)
 
     parts, ends = _extremes(rule, ascending, why)
     if rule.match_length:
         ends[POOL] = pool = _lower_half(rule, ascending, why)
         order = np.random.default_rng((rule.seed, 2)).permutation(len(parts[HIGH]))
         parts[LOW] = pool[nearest_free(lengths[parts[HIGH]], lengths[pool], order)]
-        unmatched = np.zeros(len(why), bool)
-        unmatched[pool] = True
-        _reject(why, unmatched, "not drawn to match a length")
-    cutoffs = {name: _cutoff(value, ascending, end) for name, end in ends.items()}
+    if rule.random:
+        rng, count = np.random.default_rng((rule.seed, 1)), _count("random", rule.random, why)
+        parts[RANDOM] = rng.choice(np.flatnonzero(candidates), count, replace=False)
+    cutoffs = {
+        name: _cutoff(value, ascending, end[-1], parts[LOW if name == POOL else name])
+        for name, end in ends.items()
+    }
+    in_pool = np.isin(np.arange(len(why)), ends.get(POOL, []))
+    _reject(why, in_pool, "not drawn to match a length")
     for name, cutoff in cutoffs.items():
         _reject(why, value == cutoff.value, f"lost a tie at the cutoff of {name}")
     _reject(why, np.ones(len(why), bool), _left_over(parts))
-    if rule.random:
-        rng = np.random.default_rng((rule.seed, 1))
-        parts[RANDOM] = rng.choice(usable, drawn, replace=False)
     for part in parts.values():
         why[part] = ""
-    return Choice(value, parts, cutoffs, why)
+    return Choice(value, candidates, parts, cutoffs, why)
 
 
 def rank_values(
@@ -97,8 +110,8 @@ def rank_values(
     for term, column in zip(by, columns, strict=True):
         _reject(why, np.isnan(column), f"{term.metric} is null")
         _reject(why, np.isinf(column), f"{term.metric} is infinite")
-        for beginning, (low, high) in VALID.items():
-            if term.metric.startswith(beginning):
+        for name, (low, high) in VALID.items():
+            if re.fullmatch(name, term.metric):
                 outside = ~((column >= low) & (column <= high))
                 _reject(why, outside, f"{term.metric} is outside {low} to {high}")
     value = np.full(len(why), np.nan)
@@ -165,19 +178,15 @@ def _extremes(
     n = len(ascending)
     ends: dict[str, np.ndarray] = {}
     if rule.top:
-        ends[HIGH] = ascending[n - _count("top", rule.top, n, why) :][::-1]
+        ends[HIGH] = ascending[n - _count("top", rule.top, why) :][::-1]
     if rule.bottom and not rule.match_length:
-        ends[LOW] = ascending[: _count("bottom", rule.bottom, n, why)]
+        ends[LOW] = ascending[: _count("bottom", rule.bottom, why)]
     if sum(map(len, ends.values())) > n:
         raise GradjaxError(
             f"--top={rule.top} and --bottom={rule.bottom} would share rows: expected at most {n} "
-            f"together, {_usable(n, why)}"
+            f"together, {_can_be_chosen(why)}"
         )
-    if not rule.range or ends:
-        return dict(ends), ends
-    if not n:
-        raise GradjaxError(f"--range leaves no row: {_usable(n, why)}; give a wider one")
-    return {RANGE: ascending[::-1]}, {}
+    return ({RANGE: ascending[::-1]} if rule.range and not ends else dict(ends)), ends
 
 
 def _lower_half(rule: Rule, ascending: np.ndarray, why: np.ndarray) -> np.ndarray:
@@ -185,24 +194,31 @@ def _lower_half(rule: Rule, ascending: np.ndarray, why: np.ndarray) -> np.ndarra
     if rule.top and rule.top.of(len(ascending)) > len(half):
         raise GradjaxError(
             f"--top={rule.top} with --match_length: as many low rows are drawn from the lower half "
-            f"of all, expected at most {len(half)}, {_usable(len(ascending), why)}"
+            f"of all, expected at most {len(half)}, {_can_be_chosen(why)}"
         )
     return half
 
 
-def _count(flag: str, amount: Amount, rows: int, why: np.ndarray) -> int:
+def _count(flag: str, amount: Amount, why: np.ndarray) -> int:
+    rows = int((why == "").sum())
     count = amount.of(rows)
     if not 0 < count <= rows:
+        expected = "1" if rows == 1 else f"1 to {rows}"
         raise GradjaxError(
-            f"--{flag}={amount} is {count} rows: expected 1 to {rows}, {_usable(rows, why)}"
+            f"--{flag}={amount} is {count} rows: expected {expected}, {_can_be_chosen(why)}"
         )
     return count
 
 
-def _usable(rows: int, why: np.ndarray) -> str:
+def _can_be_chosen(why: np.ndarray) -> str:
+    said = f"as {(why == '').sum()} of {len(why)} rows can be chosen"
+    return said + (f" ({left_out})" if (left_out := _left_out(why)) else "")
+
+
+def _left_out(why: np.ndarray) -> str:
+    """The commonest reasons."""
     kinds = Counter(why[why != ""]).most_common(3)
-    left_out = ", ".join(f"{count} times {reason}" for reason, count in kinds)
-    return f"as {rows} of {len(why)} rows can be chosen" + (f" ({left_out})" if kinds else "")
+    return ", ".join(f"{count} times {reason}" for reason, count in kinds)
 
 
 def _reject(why: np.ndarray, mask: np.ndarray, reason: str) -> None:
@@ -210,11 +226,10 @@ def _reject(why: np.ndarray, mask: np.ndarray, reason: str) -> None:
     why[mask & (why == "")] = reason
 
 
-def _cutoff(value: np.ndarray, candidates: np.ndarray, taken: np.ndarray) -> Cutoff:
-    """`taken` ends at the cutoff."""
-    last = value[taken[-1]]
-    tied, of_them = (int((value[rows] == last).sum()) for rows in (candidates, taken))
-    return Cutoff(float(last), tied, of_them)
+def _cutoff(value: np.ndarray, candidates: np.ndarray, last: int, taken: np.ndarray) -> Cutoff:
+    """At the row `last`, with the candidates and the rows taken that have its value."""
+    tied, of_them = (int((value[rows] == value[last]).sum()) for rows in (candidates, taken))
+    return Cutoff(float(value[last]), tied, of_them)
 
 
 def _left_over(parts: dict[str, np.ndarray]) -> str:

@@ -9,7 +9,8 @@ from gradjax.errors import GradjaxError
 
 MATCHING = """one low row for each high row: in an order drawn by the seed, each high row takes
 the row that is nearest in log length and still free in the lower half of the rows to choose from,
-of equally long ones the lowest"""
+of equally long ones the lowest. Lengths are characters of the responses: numbers of tokens may be
+of cut rows"""
 
 
 @dataclasses.dataclass(frozen=True)

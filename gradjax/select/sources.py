@@ -23,7 +23,6 @@ from gradjax.structs import PROJECTIONS, Example
 
 SCORE_MANIFEST = "score.json"
 KEYS = [*KEY, "row_hash"]
-TOKENS, CHARACTERS = "num_target_tokens", "characters"
 _COMMON = 0.1  # share of rows from which on a field of theirs is looked at unasked
 # What a partition has columns for; a row's own field of such a name is no metric.
 RESERVED = {*KEYS, "selection_value", "instruction", "output", "messages"}
@@ -33,14 +32,14 @@ RESERVED = {*KEYS, "selection_value", "instruction", "output", "messages"}
 class Scored:
     """Rows with their numbers, sorted by group and example_id; both frames have the same index.
 
-    `keys` has group, example_id, row_hash, status, reason ("" if none) and length, in what
-    `length_of` says; `metrics` is of float64. NaN where a number is not known.
+    `keys` has group, example_id, row_hash, status, reason ("" if none) and length, the characters
+    of the responses; `metrics` is of float64. NaN where a number is not known.
     """
 
     keys: pd.DataFrame
     metrics: pd.DataFrame
-    length_of: str
     sources: dict[str, Source]  # by group
+    rows: dict[str, list[object]]  # by group, where they have been read
 
 
 def read_scored(
@@ -56,13 +55,15 @@ def read_scored(
 
     A run's gradient statistics are means over `layers` and `projections` (`run_scores`).
     A metric is looked up in the scores first. The rows themselves are read if there are no scores,
-    if one of `by` is not among them, or for `lengths` where the scores have no num_target_tokens.
+    if one of `by` is not among them, or for `lengths`. Those of scores would not do: their numbers
+    of tokens are of rows that a model's window may have cut.
 
     Raises:
       GradjaxError: if directories do not hold the same rows, rows are not those that were scored,
-        or there is no metric of a name.
+        there is no metric of a name, or no run to average over some layers or projections.
     """
     given = {source.group: source for source in parse_data_flags(data)}
+    _require_run_for(scores, layers, projections)
     if not scores:
         return _read_unscored(given, by)
     keys, metrics, sources, unlike = _join(sorted(set(scores)), layers, projections)
@@ -78,49 +79,60 @@ def read_scored(
             "another --scores; give only one of them"
         )
     missing = [name for name in by if name not in metrics]
-    if TOKENS in metrics:
-        length_of, keys["length"] = TOKENS, metrics[TOKENS]
-    else:
-        length_of, keys["length"] = CHARACTERS, np.nan
-    if missing or (lengths and length_of == CHARACTERS):
-        characters, fields = _fields_of_scored(keys, sources, missing)
+    rows: dict[str, list[object]] = {}
+    keys["length"] = np.nan
+    if missing or lengths:
+        rows = {group: _read_rows(sources[group]) for group in sorted(set(keys["group"]))}
+        keys["length"], fields = _fields_of_scored(keys, sources, rows, missing)
         _require_found(missing, fields, metrics, "neither scored nor a number in the rows")
         metrics = metrics.join(fields)
-        if length_of == CHARACTERS:
-            keys["length"] = characters
-    return Scored(keys, metrics, length_of, sources)
+    return Scored(keys, metrics, sources, rows)
 
 
-def chosen_rows(
-    keys: pd.DataFrame, chosen: np.ndarray, sources: Mapping[str, Source]
-) -> tuple[dict[int, bytes], dict[int, int]]:
+def chosen_rows(scored: Scored, chosen: np.ndarray) -> tuple[dict[int, bytes], dict[int, int]]:
     """The chosen rows as JSON, one line each, and the characters of their responses.
 
-    Both by position in `keys`. A line is ASCII and has the row's hash: what JSON cannot say stands
-    as Python writes it.
+    Both by position in `scored.keys`. A line is ASCII and has the row's hash: what JSON cannot say
+    stands as Python writes it.
 
     Raises:
       GradjaxError: if a source has not the rows that were scored.
     """
     lines, characters = {}, {}
-    for group, part in keys.iloc[np.sort(chosen)].groupby("group", sort=True):
-        source = sources[str(group)]
+    for group, part in scored.keys.iloc[np.sort(chosen)].groupby("group", sort=True):
+        source = scored.sources[str(group)]
         wanted = {
-            number: (position, scored)
-            for position, number, scored in zip(
+            number: (position, digest)
+            for position, number, digest in zip(
                 part.index, part["example_id"], part["row_hash"], strict=True
             )
         }
-        for number, row in enumerate(_read_rows(source)):
+        for number, row in enumerate(scored.rows.get(str(group)) or _read_rows(source)):
             if number in wanted:
-                position, scored = wanted.pop(number)
+                position, digest = wanted.pop(number)
                 example = to_example(row, source.group, number)
-                _require_scored(source, number, example.row_hash, scored)
+                _require_scored(source, number, example.row_hash, digest)
                 lines[position] = json.dumps(row, default=repr).encode("ascii")
                 characters[position] = _characters(example)
         if wanted:
             raise _too_short(source, min(wanted))
     return lines, characters
+
+
+def _require_run_for(scores: Sequence[str], layers: str, projections: Sequence[str]) -> None:
+    """Raises GradjaxError where some layers or projections are given, and no run to average."""
+    if (layers == "all" and tuple(projections) == PROJECTIONS) or any(map(_is_run, scores)):
+        return
+    flag = f"--projections={','.join(projections)}" if layers == "all" else f"--layers={layers}"
+    raise GradjaxError(
+        f"{flag} says over what a run's statistics are averaged, and no --scores is a run of "
+        "gradjax.main; leave it out, or add --scores=RUN"
+    )
+
+
+def _is_run(directory: str) -> bool:
+    names = open_place(as_directory(directory)).names()
+    return RUN_MANIFEST in names and SCORE_MANIFEST not in names
 
 
 def _join(
@@ -237,38 +249,42 @@ def _read_unscored(given: Mapping[str, Source], by: Sequence[str]) -> Scored:
             "there is nothing to select from: expected --scores=DIR, or --data=SOURCE whose rows "
             "have the numbers as fields"
         )
-    parts = [_read_fields(given[group], by, others=True) for group in sorted(given)]
+    rows = {group: _read_rows(given[group]) for group in sorted(given)}
+    parts = [_read_fields(group, rows[group], by, others=True) for group in rows]
     keys = pd.concat([part for part, _ in parts], ignore_index=True)
     metrics = pd.concat([part for _, part in parts], ignore_index=True)
     _require_found(by, metrics, metrics, "not a number in the rows")
-    return Scored(keys, metrics, CHARACTERS, dict(given))
+    return Scored(keys, metrics, dict(given), rows)
 
 
 def _fields_of_scored(
-    keys: pd.DataFrame, sources: Mapping[str, Source], names: Sequence[str]
+    keys: pd.DataFrame,
+    sources: Mapping[str, Source],
+    rows: Mapping[str, list[object]],
+    names: Sequence[str],
 ) -> tuple[pd.Series, pd.DataFrame]:
     """Characters of the scored rows' responses, and their fields of these names."""
     characters, fields = [], []
     for group, part in keys.groupby("group", sort=True):
         source = sources[str(group)]
-        rows, found = _read_fields(source, names, others=False)
-        if (last := part["example_id"].max()) >= len(rows):
+        there, found = _read_fields(str(group), rows[str(group)], names, others=False)
+        if (last := part["example_id"].max()) >= len(there):
             raise _too_short(source, last)
-        hashes = rows["row_hash"].iloc[part["example_id"]]
-        for number, now, scored in zip(part["example_id"], hashes, part["row_hash"], strict=True):
-            _require_scored(source, number, now, scored)
-        characters.append(rows["length"].iloc[part["example_id"]])
-        fields.append(found.iloc[part["example_id"]])
+        numbers = part["example_id"].to_numpy()
+        hashes, scored = there["row_hash"].to_numpy()[numbers], part["row_hash"].to_numpy()
+        for at in np.flatnonzero(hashes != scored)[:1]:
+            _require_scored(source, numbers[at], hashes[at], scored[at])
+        characters.append(there["length"].iloc[numbers])
+        fields.append(found.iloc[numbers])
     return pd.concat(characters, ignore_index=True), pd.concat(fields, ignore_index=True)
 
 
 def _read_fields(
-    source: Source, names: Sequence[str], others: bool
+    group: str, rows: list[object], names: Sequence[str], others: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All rows of a source: keys as in `Scored`, and numeric fields of these names, or others too
+    """All rows of a group: keys as in `Scored`, and numeric fields of these names, or others too
     that many rows have.
     """
-    rows = _read_rows(source)
     wanted = set(names)
     if others:
         counts = Counter(name for row in rows for name in _numbers(row))
@@ -278,14 +294,14 @@ def _read_fields(
     fields = {name: np.full(len(rows), np.nan) for name in names}
     keys = []
     for number, row in enumerate(rows):
-        example = to_example(row, source.group, number)
+        example = to_example(row, group, number)
         length = _characters(example)
         keys.append((example.row_hash, example.status, example.reason, length))
-        numbers = _numbers(row)
+        numbers = _numbers(row) if fields else {}
         for name in fields.keys() & numbers.keys():
             fields[name][number] = numbers[name]
     frame = pd.DataFrame(keys, columns=["row_hash", "status", "reason", "length"])
-    frame.insert(0, "group", source.group)
+    frame.insert(0, "group", group)
     frame.insert(1, "example_id", np.arange(len(rows)))
     return frame.astype({"length": float}), pd.DataFrame(fields, index=frame.index)
 

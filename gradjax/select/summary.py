@@ -25,14 +25,13 @@ def summarize(scored: Scored, choice: Choice, rule: Rule) -> dict[str, Any]:
         "rejected": rejected(choice),
         "distributions": distributions(scored.metrics),
         "overlap": overlap(scored, choice, rule),
-        "lengths_of": scored.length_of,
         "length_auroc": length_auroc(scored, choice),
         "unlike_pairs": unlike_pairs(scored, choice) if rule.match_length else None,
     }
 
 
 def parts(scored: Scored, choice: Choice) -> list[dict[str, Any]]:
-    """Rows of each part, also by group, and the geometric mean of their lengths."""
+    """Rows of each part, also by group, how many equal an earlier one of it, and their length."""
     found = []
     for name, rows in choice.parts.items():
         lengths = _lengths(scored, rows)
@@ -42,7 +41,8 @@ def parts(scored: Scored, choice: Choice) -> list[dict[str, Any]]:
             {
                 "part": name,
                 "rows": len(rows),
-                "geometric_mean_length": mean,
+                "duplicates": int(scored.keys["row_hash"].iloc[rows].duplicated().sum()),
+                "geometric_mean_characters": mean,
                 "groups": {str(group): int(count) for group, count in groups.items()},
             }
         )
@@ -71,14 +71,17 @@ def distributions(metrics: pd.DataFrame) -> list[dict[str, Any]]:
 def overlap(scored: Scored, choice: Choice, rule: Rule) -> list[dict[str, Any]]:
     """Rows that as many of the highest (lowest) by another metric alone have in common with this.
 
-    `by_chance` is how many two independent draws from the usable rows would share.
+    `by_chance` is how many independent draws would share, each of the rows that it may choose from.
     """
     found = []
-    names = [str(name) for name in scored.metrics if (Term(str(name), 1.0),) != rule.by]
-    usable = int(np.isfinite(choice.value).sum())
+    same = {term.metric for term in rule.by if len(rule.by) == 1 and term.weight > 0}
+    names = [str(name) for name in scored.metrics if name not in same]
     for name in names if HIGH in choice.parts or LOW in choice.parts else []:
         _, value = rank_values(scored.keys["status"], scored.metrics, [Term(name, 1.0)])
-        ascending = ascend(value, np.isfinite(value), rule.seed)
+        candidates = np.isfinite(value)
+        ascending = ascend(value, candidates, rule.seed)
+        both = int((candidates & choice.candidates).sum())
+        pairs = max(len(ascending), 1) * int(choice.candidates.sum())
         row: dict[str, Any] = {"metric": name}
         for part in (HIGH, LOW):
             if part not in choice.parts:
@@ -88,7 +91,7 @@ def overlap(scored: Scored, choice: Choice, rule: Rule) -> list[dict[str, Any]]:
             common = len(np.intersect1d(ours, theirs))
             row[f"{part}_common"] = common
             row[f"{part}_jaccard"] = common / (len(ours) + len(theirs) - common)
-            row[f"{part}_by_chance"] = len(ours) * len(theirs) / usable
+            row[f"{part}_by_chance"] = len(ours) * len(theirs) * both / pairs
         found.append(row)
     return found
 
@@ -109,10 +112,10 @@ def unlike_pairs(scored: Scored, choice: Choice) -> int:
 def format_summary(summary: dict[str, Any], by: str) -> str:
     """The summary for a terminal."""
     said = [f"{summary['usable']} of {summary['rows']} rows can be ranked by {by}"]
-    shown = pd.DataFrame(summary["parts"]).drop(columns="groups")
-    mean = f"geometric mean of {summary['lengths_of']}"
-    shown = shown.rename(columns={"geometric_mean_length": mean})
-    tables = [("Selected", shown)]
+    for row in summary["rejected"]:
+        if " is outside " in row["reason"]:  # easily most rows of a weak model's perplexities
+            said[0] += f"; of {row['rows']} {row['reason']}, the paper's bounds"
+    tables = [("Selected", pd.DataFrame(summary["parts"]).drop(columns="groups"))]
     tables += [
         (title, pd.DataFrame(summary[name]))
         for title, name in (
@@ -128,7 +131,7 @@ def format_summary(summary: dict[str, Any], by: str) -> str:
             said.append(f"{title}\n{text}")
     if summary["length_auroc"] is not None:
         said.append(
-            f"AUROC of {summary['lengths_of']}, high against low: {summary['length_auroc']:.3f} "
+            f"AUROC of characters, high against low: {summary['length_auroc']:.3f} "
             "(0.5: no difference in length)"
         )
     if summary["unlike_pairs"] is not None:

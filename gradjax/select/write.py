@@ -20,7 +20,7 @@ from gradjax.errors import GradjaxError
 from gradjax.places import LocalPlace
 from gradjax.select.choose import HIGH, LOW, RANDOM, RANGE, Choice, choose
 from gradjax.select.rule import Rule
-from gradjax.select.sources import CHARACTERS, KEYS, Scored, chosen_rows, read_scored
+from gradjax.select.sources import KEYS, Scored, chosen_rows, read_scored
 from gradjax.select.summary import format_summary, summarize
 from gradjax.structs import PROJECTIONS
 
@@ -112,9 +112,8 @@ def write_selection(config: SelectConfig) -> Written:
     choice = choose(scored.keys, scored.metrics, rule)
     chosen = np.unique(np.concatenate(list(choice.parts.values())))
     logging.info("Reading the %d rows chosen of %d", len(chosen), len(scored.keys))
-    lines, characters = chosen_rows(scored.keys, chosen, scored.sources)
-    if scored.length_of == CHARACTERS:
-        scored.keys.loc[list(characters), "length"] = list(characters.values())
+    lines, characters = chosen_rows(scored, chosen)
+    scored.keys.loc[list(characters), "length"] = list(characters.values())
     summary = summarize(scored, choice, rule)
     _warn_of_ties(choice)
     with place.lock(0):
@@ -214,6 +213,7 @@ def _rejected_table(scored: Scored, choice: Choice) -> pa.Table:
 
 
 def _warn_of_ties(choice: Choice) -> None:
-    high, low = choice.cutoffs.get(HIGH), choice.cutoffs.get(LOW)
-    if high and low and high.value == low.value:
-        logging.warning("high and low share the value %g: it does not tell them apart", high.value)
+    if {HIGH, LOW} <= choice.parts.keys():
+        high, low = choice.value[choice.parts[HIGH]].min(), choice.value[choice.parts[LOW]].max()
+        if high == low:
+            logging.warning("high and low share the value %g: it does not tell them apart", high)
