@@ -179,6 +179,11 @@ def test_a_runs_statistics_come_along(gradients, tmp_path):
     assert found["same_layer_cosine"].isna().all()  # no pair within o
     kept = table(Path(score(ScoreConfig(("ifd",), ("demo",), tmp_path, limit=5, ifd_model="demo"))))
     assert kept["effective_rank"].tolist() == found["effective_rank"].tolist()
+    assert kept["loss"].tolist() == found["loss"].tolist()
+    asked = ScoreConfig(("loss",), ("demo",), tmp_path, limit=5, ifd_model="demo", max_length=37)
+    assert table(Path(score(asked)))["num_tokens"].max() == 37
+    again = table(Path(score(only_o)))
+    assert again["loss"].tolist() == found["loss"].tolist()
 
 
 @pytest.mark.smoke

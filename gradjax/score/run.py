@@ -24,7 +24,7 @@ from gradjax.errors import GradjaxError
 from gradjax.places import LocalPlace, RemotePlace, open_place
 from gradjax.report.values import KEY
 from gradjax.run import keep_compiled_programs
-from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, ScoreConfig
+from gradjax.score.config import FAMILIES, JUDGED, METRICS, JudgedMetric, ScoreConfig
 from gradjax.score.endpoint import Judge
 from gradjax.score.families import Family, asked_families, make_judge
 from gradjax.score.free import run_scores
@@ -388,10 +388,14 @@ def _table(examples: Sequence[Example], found: Mapping[str, Scores]) -> pa.Table
 
 
 def _columns(found: Mapping[str, Scores]) -> dict[str, str]:
-    """The table's columns, and the family that each is taken from: a run's before a model's."""
-    source = {c: name for name, columns in FAMILIES.items() if name in found for c in columns}
-    of_run = next(iter(found.get(RUN, {}).values()), Score({}))
-    return source | dict.fromkeys(of_run.values, RUN)
+    """The table's columns, and the family that each is taken from: what is asked for now first."""
+    source: dict[str, str] = {}
+    for family, scores in found.items():
+        of_run = next(iter(scores.values()), Score({})).values
+        for column in FAMILIES.get(family, of_run):
+            source.setdefault(column, family)
+    order = {column: place for place, column in enumerate(METRICS)}
+    return dict(sorted(source.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def _numbers(name: str, values: list[float | None]) -> pa.Array:
