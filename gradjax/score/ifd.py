@@ -84,7 +84,7 @@ def _with_instruction(
     settings = TokenSettings(max_length=max_length or model.window)
     whole = [tokenize(example, model.tokenizer, settings) for example in examples]
     for i, example in enumerate(examples):
-        if not is_single_turn(example.messages):
+        if example.status == "ok" and not is_single_turn(example.messages):
             reason = f"{len(example.messages)} turns have no plain form"
             whole[i] = dataclasses.replace(whole[i], reason=reason)
     return whole, mean_losses(model, whole).tolist()
