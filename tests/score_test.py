@@ -225,6 +225,7 @@ def test_a_run_of_other_rows_is_refused(gradients, rows, tmp_path):
     asked = ScoreConfig(run=str(gradients), data=(f"slow={rows}",), output_dir=tmp_path / "out")
     with pytest.raises(GradjaxError, match="has not row 0 of group 'slow'"):
         score(asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_judged_rows_are_asked_once_and_failures_again(rows, tmp_path, monkeypatch):

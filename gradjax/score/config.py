@@ -10,6 +10,7 @@ from gradjax.errors import GradjaxError
 from gradjax.places import as_directory
 from gradjax.structs import PROJECTIONS, Projection
 
+MANIFEST = "score.json"  # beside scores/
 # What is computed together, and the columns of scores/ that come of it.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ifd": (

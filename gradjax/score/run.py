@@ -24,7 +24,7 @@ from gradjax.errors import GradjaxError
 from gradjax.places import LocalPlace, RemotePlace, open_place
 from gradjax.report.values import KEY
 from gradjax.run import keep_compiled_programs
-from gradjax.score.config import FAMILIES, JUDGED, METRICS, JudgedMetric, ScoreConfig
+from gradjax.score.config import FAMILIES, JUDGED, MANIFEST, METRICS, JudgedMetric, ScoreConfig
 from gradjax.score.endpoint import Judge
 from gradjax.score.families import Family, asked_families, make_judge
 from gradjax.score.free import run_scores
@@ -40,7 +40,7 @@ from gradjax.score.structs import Score
 from gradjax.store import read_manifest
 from gradjax.structs import Example
 
-MANIFEST, TABLE = "score.json", "scores/000000.parquet"
+TABLE = "scores/000000.parquet"
 RUN = "run"  # the family of what a run of gradjax.main measured
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 256, 400_000  # a part: what a kill can cost
 _LATER = Score({}, reason="not scored yet; ask for it again")
@@ -60,13 +60,17 @@ def score(config: ScoreConfig) -> Path | str:
     directory = config.output_dir
     place = open_place(directory)
     _require_ours(place)
+    of_run = _read_run(config, examples) if config.run else {}  # nothing is replaced by a fault
     with place.lock(0):
         judge = make_judge(config)
         if judge and config.judge_batch_results:
             _take_results(judge, config.judge_batch_results)
         families = asked_families(config, judge)
         manifest = _prepare(place, config, families, data)
-        found = {RUN: _take_run(place, config, examples)} if config.run else {}
+        found = {RUN: of_run} if config.run else {}
+        if of_run:
+            columns = list(next(iter(of_run.values())).values)
+            place.put(f"parts/{RUN}/000000.parquet", _part(columns, of_run))
         found |= {family.name: _complete(place, family, examples) for family in families}
         found |= {n: _read_parts(place, n) for n in manifest["families"] if n not in found}
         if judge and "instag" in config.judged:
@@ -86,7 +90,7 @@ def plan(config: ScoreConfig) -> list[str]:
     place = open_place(config.output_dir)
     judge = make_judge(config)
     families = asked_families(config, judge)
-    stale = _stale(place, _families_before(place), config, families)
+    stale = _stale(place, _manifest(place)["families"], config, families)
     usable = {e.row_hash: e for e in examples if e.status == "ok"}
     lines = []
     for family in families:
@@ -180,10 +184,6 @@ def _require_ours(place: LocalPlace | RemotePlace) -> None:
         )
 
 
-def _families_before(place: LocalPlace | RemotePlace) -> dict[str, dict[str, Any]]:
-    return _manifest(place).get("families", {})
-
-
 def _manifest(place: LocalPlace | RemotePlace) -> dict[str, Any]:
     text = place.read(MANIFEST)
     try:
@@ -228,7 +228,7 @@ def _prepare(
 ) -> dict[str, Any]:
     """Removes what is to be replaced and writes the manifest, which it returns."""
     manifest = _manifest(place)
-    before = manifest.get("families", {})
+    before = manifest["families"]
     stale = _stale(place, before, config, families)
     settings = {family.name: family.settings for family in families}
     if config.run:
@@ -240,6 +240,7 @@ def _prepare(
         }
     if stale or data != manifest.get("data"):  # the table is of something else
         place.remove([TABLE] if place.names("scores") else [])
+        manifest.pop("tags", None)
     for name in stale:
         place.remove(f"parts/{name}/{part}" for part in place.names(f"parts/{name}"))
     flags = dataclasses.asdict(config) | {"output_dir": str(place.directory)}
@@ -258,10 +259,8 @@ def _json(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _take_run(
-    place: LocalPlace | RemotePlace, config: ScoreConfig, examples: Sequence[Example]
-) -> Scores:
-    """What a run says of the rows, kept as the one part of a family of its own."""
+def _read_run(config: ScoreConfig, examples: Sequence[Example]) -> Scores:
+    """What a run says of the rows: a family of its own, in one part."""
     rows = run_scores(config.run or "", config.layers, config.projections)
     columns = rows.columns.drop([*KEY, "row_hash", "status", "reason"])
     numbers = rows[columns].astype(object).where(rows[columns].notna(), None)
@@ -275,7 +274,6 @@ def _take_run(
                 f"--run={config.run} has not row {example.example_id} of group {example.group!r} "
                 "as it stands in --data; give a run of the same rows"
             )
-    place.put(f"parts/{RUN}/000000.parquet", _part(list(columns), found))
     return found
 
 

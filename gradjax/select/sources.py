@@ -16,12 +16,12 @@ from gradjax.data.sources import Source, parse_data_flags, read_rows
 from gradjax.errors import GradjaxError
 from gradjax.places import LocalPlace, RemotePlace, as_directory, open_place
 from gradjax.report.values import KEY
+from gradjax.score.config import MANIFEST as SCORE_MANIFEST
 from gradjax.score.free import run_scores
 from gradjax.store import MANIFEST as RUN_MANIFEST
 from gradjax.store import read_manifest
 from gradjax.structs import PROJECTIONS, Example
 
-SCORE_MANIFEST = "score.json"
 KEYS = [*KEY, "row_hash"]
 _COMMON = 0.1  # share of rows from which on a field of theirs is looked at unasked
 # What a partition has columns for; a row's own field of such a name is no metric.
