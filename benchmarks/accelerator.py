@@ -34,8 +34,8 @@ from absl import flags
 from benchmarks.kernels import KERNELS, measure_kernel
 from benchmarks.shapes import shape_config
 from benchmarks.ways import FLOORS, SPECTRA, WAYS, NotMeasuredError
+from gradjax.cli.app import start
 from gradjax.errors import GradjaxError
-from gradjax.program import start
 
 flags.DEFINE_string("shape", "qwen2.5_7b", "a registered model, or demo")
 flags.DEFINE_integer("layers", None, "so many layers, and as much of the vocabulary", lower_bound=1)
@@ -123,7 +123,7 @@ def _way_measurer(way: str, dtype: str) -> Callable[[Record], Record]:
 
     from benchmarks import ways
     from benchmarks.profiles import profile
-    from gradjax.compute import default_batch_tokens
+    from gradjax.device import default_batch_tokens
     from gradjax.model.decoder import Decoder, random_decoder
     from gradjax.structs import TokenBatch
 

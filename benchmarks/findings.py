@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from gradjax.model.registry import load_tokenizer, resolve
-from gradjax.program import start
+from gradjax.checkpoints.resolve import load_tokenizer, resolve
+from gradjax.cli.app import start
 from gradjax.report.compare import auroc
 from gradjax.report.length import Lengths, match, standard_difference
 from gradjax.report.published import published_table

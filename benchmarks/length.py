@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 from scipy.stats import norm
 
-from gradjax.program import start
+from gradjax.cli.app import start
 from gradjax.report.length import Lengths, match, matched_effect
 
 DATA_SETS, ROWS = 300, 200

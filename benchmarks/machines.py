@@ -7,11 +7,11 @@ number, in powers of two, over which `--mesh=fsdp:N` fits a device of so many GB
 """
 
 from benchmarks.shapes import shape_config
+from gradjax.checkpoints.resolve import REGISTRY
 from gradjax.config import SpectraConfig
-from gradjax.data.batches import BatchPlan
+from gradjax.data.batches import BatchSpec
 from gradjax.model.config import DecoderConfig
-from gradjax.model.registry import REGISTRY
-from gradjax.plan import Memory, batch_memory
+from gradjax.runs.cost import Memory, batch_memory
 from gradjax.sharding import parse_mesh
 
 TOKENS = 4096
@@ -20,7 +20,7 @@ DEVICES_GB = (16, 80, 141)
 
 def needed(model: DecoderConfig, itemsize: int, devices: int) -> Memory:
     """Memory per device of a batch with one row on each."""
-    batch = BatchPlan(tuple(range(devices)), TOKENS, devices)
+    batch = BatchSpec(tuple(range(devices)), TOKENS, devices)
     mesh = parse_mesh(f"fsdp:{devices}")
     config = SpectraConfig()
     return batch_memory(model, config, batch, itemsize, mesh, keep_activations=False, on_host=False)

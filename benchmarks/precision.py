@@ -9,8 +9,8 @@ nuclear norm and effective rank: the median and the largest over all rows.
 import numpy as np
 
 import gradjax
-from gradjax.demo.problems import DEMO_GROUPS, demo_rows
-from gradjax.program import start
+from gradjax.cli.app import start
+from gradjax.data.word_problems import DEMO_GROUPS, demo_rows
 from gradjax.structs import PROJECTIONS
 
 

@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 from random import Random
 
-from gradjax import run as run_module
-from gradjax.compute import compute_results
+from gradjax.checkpoints.pretrained import load_model
+from gradjax.checkpoints.resolve import resolve
 from gradjax.config import RunConfig
-from gradjax.demo.problems import random_problem
-from gradjax.model.pretrained import load_model
-from gradjax.model.registry import resolve
-from gradjax.store import read_table
+from gradjax.data.word_problems import random_problem
+from gradjax.runs import run as run_module
+from gradjax.runs.compute import compute_results
+from gradjax.storage.store import read_table
 
 ROWS = (100, 1_000, 10_000)
 _LEAST_SECONDS = 10

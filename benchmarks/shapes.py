@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.resolve import DEMO, resolve
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
-from gradjax.model.hf_config import read_config
-from gradjax.model.registry import DEMO, resolve
 
 _SIZES = Path(__file__).parent.parent / "tests" / "data" / "model_shapes.csv"
 _ARCHITECTURES = {

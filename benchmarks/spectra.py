@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.memory import PeakMemory, anonymous_memory
-from gradjax.program import start
+from gradjax.cli.app import start
 
 WAYS = ("floor", "factored", "dense", "torch svdvals", "torch")
 
@@ -120,15 +120,16 @@ def torch_way(shape: Shape, length: int, whole_svd: bool) -> Callable[[], Any]:
 
 def gradjax_way(shape: Shape, length: int, spectrum: str) -> Callable[[], Any]:
     """`compute_results` on one row: everything that `gradjax.main` measures."""
-    from gradjax.compute import compute_results, plan_rows
     from gradjax.config import SpectraConfig
+    from gradjax.runs.compute import compute_results
+    from gradjax.runs.layout import batch_rows
     from gradjax.structs import Example, TokenizedExample
 
     decoder = shape.decoder()
     tokens, targets = row(shape, length)
     tokenized = [TokenizedExample(Example("row", 0, ""), tokens[0], targets[0])]
     config = SpectraConfig(spectrum=spectrum)  # pyright: ignore[reportArgumentType]
-    plans = plan_rows(tokenized, config, decoder.config)
+    plans = batch_rows(tokenized, config, decoder.config)
     return lambda: list(compute_results(decoder, tokenized, config, plans))
 
 

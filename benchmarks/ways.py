@@ -21,16 +21,16 @@ import numpy as np
 
 from benchmarks.memory import PeakMemory, anonymous_memory
 from gradjax.config import SpectraConfig
-from gradjax.data.batches import BatchPlan
+from gradjax.data.batches import BatchSpec
 from gradjax.gradients.factored import attention_gradients
 from gradjax.model import decoder as model
 from gradjax.model import layers
 from gradjax.model.decoder import Decoder
 from gradjax.model.parameters import block_parameters
-from gradjax.plan import fitting_memory
+from gradjax.runs.cost import fitting_memory
 from gradjax.sharding import place_examples
 from gradjax.spectra import measures
-from gradjax.spectra.batch import SpectraSettings, batch_spectra
+from gradjax.spectra.batch import BatchConfig, batch_spectra
 from gradjax.spectra.decompose import Decompose, Values, decomposer
 from gradjax.structs import PROJECTIONS, Factors, Projection, TokenBatch
 
@@ -57,14 +57,14 @@ def random_batch(decoder: Decoder, rows: int, length: int) -> TokenBatch:
 
 def settings(
     decoder: Decoder, batch: TokenBatch, decompose: Decompose | None = None
-) -> SpectraSettings:
+) -> BatchConfig:
     """What `gradjax.main` measures by default, with activations kept where it would keep them."""
     rows, length = batch.tokens.shape
-    plan, config = BatchPlan(batch.rows, length, rows), decoder.config
+    plan, config = BatchSpec(batch.rows, length, rows), decoder.config
     itemsize = decoder.embedding.dtype.itemsize
     _, keep = fitting_memory(config, SpectraConfig(), plan, itemsize, dict(decoder.mesh.shape))
     every = tuple(range(config.num_layers))
-    return SpectraSettings(every, PROJECTIONS, "adjacent", decompose, keep)
+    return BatchConfig(every, PROJECTIONS, "adjacent", decompose, keep)
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _ones(_: Factors, lengths: np.ndarray) -> Callable[[], Values]:
 
 
 def _factored_pass(
-    decoder: Decoder, batch: TokenBatch, settings: SpectraSettings
+    decoder: Decoder, batch: TokenBatch, settings: BatchConfig
 ) -> Callable[[], object]:
     place = partial(place_examples, decoder.mesh)
     losses, stream = attention_gradients(

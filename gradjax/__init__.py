@@ -7,6 +7,8 @@ run = gradjax.open_run("runs/demo")
 
 from typing import TYPE_CHECKING
 
+from gradjax.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from gradjax.api import (
         ExampleResult,
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
         open_run,
     )
 
-__version__ = "0.1.0"
 __all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from gradjax.compute import check_vocabulary, compute_results, plan_rows
-from gradjax.config import SpectraConfig, TokenSettings, select
+from gradjax.checkpoints.pretrained import Model, load_model
+from gradjax.config import SpectraConfig, TokenConfig, as_directory, select
 from gradjax.data.examples import to_example
-from gradjax.data.tokens import check_tokenizer, tokenize
+from gradjax.data.tokens import check_tokenizer, check_vocabulary, tokenize
 from gradjax.errors import GradjaxError
-from gradjax.model.pretrained import Model, load_model
-from gradjax.places import as_directory
-from gradjax.store import read_manifest, read_table
+from gradjax.runs.compute import compute_results
+from gradjax.runs.layout import batch_rows
+from gradjax.storage.store import read_manifest, read_table
 from gradjax.structs import ExampleResult
 
 __all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
@@ -50,7 +50,7 @@ def gradient_spectra(
       GradjaxError: for a fault of the model or the settings, never for one of a row.
       TypeError: for an unknown setting.
     """
-    tokens, spectra = select(TokenSettings, settings), select(SpectraConfig, settings)
+    tokens, spectra = select(TokenConfig, settings), select(SpectraConfig, settings)
     if unknown := settings.keys() - vars(tokens).keys() - vars(spectra).keys():
         raise TypeError(f"gradient_spectra has no setting {', '.join(sorted(unknown))}")
     check_tokenizer(model.tokenizer, tokens)
@@ -58,10 +58,10 @@ def gradient_spectra(
         tokenize(to_example(row, "", number), model.tokenizer, tokens)
         for number, row in enumerate(examples)
     ]
-    check_vocabulary(tokenized, model.config)
+    check_vocabulary(tokenized, model.config.vocab_size)
     spectra.layer_numbers(model.config.num_layers)
     unusable = (ExampleResult(t, t.status, t.reason) for t in tokenized if t.status != "ok")
-    plans = plan_rows(tokenized, spectra, model.config, batch_tokens, model.decoder.mesh.size)
+    plans = batch_rows(tokenized, spectra, model.config, batch_tokens, model.decoder.mesh.size)
     batches = compute_results(model.decoder, tokenized, spectra, plans)
     return itertools.chain(unusable, itertools.chain.from_iterable(batches))
 
@@ -105,8 +105,8 @@ class Run:
         Raises:
           GradjaxError: if the run is not finished, a group is unknown, or none of its rows `ok`.
         """
-        from gradjax.report.compare import COLUMNS, adjusted, compare  # SciPy, statsmodels
-        from gradjax.report.values import read_values
+        from gradjax.report.compare import COLUMNS, adjusted, compare
+        from gradjax.storage.results import read_values
 
         alone = read_values(equal_length.directory, layers) if equal_length else None
         compared = compare(read_values(self.directory, layers), high, low, alone)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from gradjax.errors import GradjaxError
-from gradjax.places import as_directory
 from gradjax.structs import PROJECTIONS, Projection
 
 PromptFormat = Literal["plain", "chat"]
@@ -20,7 +19,7 @@ ProcessKind = Literal["independent", "sharded"]
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenSettings:
+class TokenConfig:
     """How examples become tokens.
 
     Raises:
@@ -104,7 +103,7 @@ class RunConfig:
     model: str = "demo"
     data: tuple[str, ...] = ("demo",)
     output_dir: Path | str | None = None  # a URL stays str; None: runs/{model}
-    tokens: TokenSettings = dataclasses.field(default_factory=TokenSettings)
+    tokens: TokenConfig = dataclasses.field(default_factory=TokenConfig)
     spectra: SpectraConfig = dataclasses.field(default_factory=SpectraConfig)
     limit: int | None = None  # rows per group
     dtype: Dtype = "float32"
@@ -165,3 +164,12 @@ def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _require_at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise GradjaxError(f"--{name}={value}: expected a number of at least {least}")
+
+
+def as_directory(directory: str | Path) -> str | Path:
+    """What a user gave as a directory: a URL as it is, a path with its `~` expanded."""
+    if isinstance(directory, str):
+        directory = directory.removeprefix("file://")
+        if "://" in directory:
+            return directory.rstrip("/")
+    return Path(directory).expanduser()

@@ -12,6 +12,8 @@ Axis legend (used in shapes, einsums and the weight table):
   O  rows of a gradient (outputs of the projection)
   I  columns of a gradient (inputs of the projection)
   R  singular values kept, min(T, O, I)
+  W  a width that the text names
+  Bg examples of a tensor group (sharding.py)
 
 Gradients have PyTorch's orientation (out, in): `G = Δᵀ X`.
 """

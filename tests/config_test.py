@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gradjax.config import RunConfig, SpectraConfig, TokenSettings
+from gradjax.config import RunConfig, SpectraConfig, TokenConfig
 from gradjax.errors import GradjaxError
 
 pytestmark = pytest.mark.smoke
@@ -14,10 +14,10 @@ pytestmark = pytest.mark.smoke
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (TokenSettings, {"max_length": 1}, "--max_length=1: expected a number of at least 2"),
-        (TokenSettings, {"target_tokens": 0}, "--target_tokens=0"),
-        (TokenSettings, {"prompt_format": "raw"}, "--prompt_format=raw: expected one of plain, ch"),
-        (TokenSettings, {"truncation": "left"}, "--truncation=left"),
+        (TokenConfig, {"max_length": 1}, "--max_length=1: expected a number of at least 2"),
+        (TokenConfig, {"target_tokens": 0}, "--target_tokens=0"),
+        (TokenConfig, {"prompt_format": "raw"}, "--prompt_format=raw: expected one of plain, ch"),
+        (TokenConfig, {"truncation": "left"}, "--truncation=left"),
         (SpectraConfig, {"spectrum": "svd"}, "--spectrum=svd: expected one of factored, dense"),
         (SpectraConfig, {"spectrum_route": "eig"}, "--spectrum_route=eig"),
         (SpectraConfig, {"similarity": "some"}, "--similarity=some"),

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.pretrained import convert, identity, load_weights
+from gradjax.checkpoints.resolve import resolve
+from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.errors import GradjaxError
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder
-from gradjax.model.pretrained import convert, identity, load_weights
-from gradjax.model.registry import resolve
 from tests.checkpoints import FAMILIES, make_hf_model, save_checkpoint
 from tests.sharding_test import run_on_eight_devices
 
@@ -84,7 +84,7 @@ def test_killed_conversion_is_not_taken(tmp_path):
     output = tmp_path / "converted"
     code = "import sys, time; from gradjax.model import converted\n"
     code += "converted._leaf = lambda *_: time.sleep(60)\n"
-    code += "from gradjax.model.pretrained import convert; convert(*sys.argv[1:])"
+    code += "from gradjax.checkpoints.pretrained import convert; convert(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(source), str(output)]
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     while not (output / "config.json").exists():

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradjax.data.datasets import DATASETS
+from gradjax.data.catalog import DATASETS
 from gradjax.data.examples import to_example
 from gradjax.data.sample import Sample, write_sample
 from gradjax.data.sources import Source, parse_data_flags, read_rows, registered_rows

@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
-from gradjax.demo import problems, train
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.safetensors import load_decoder
+from gradjax.data import word_problems as problems
+from gradjax.demo import train
 from gradjax.demo.tokenizer import END_OF_TEXT, SPECIAL_TOKENS
 from gradjax.errors import GradjaxError
 from gradjax.model.decoder import logits
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder
 
 EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 TINY = train.Recipe(
@@ -180,7 +181,7 @@ def test_answer_of(text, answer):
 
 
 def test_the_data_comes_without_jax():
-    code = "import sys, gradjax.demo.problems; sys.exit('jax' in sys.modules)"
+    code = "import sys, gradjax.data.word_problems; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,12 +15,13 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Compiled
 
-from gradjax.model.converted import load_converted
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder
-from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, log_unsplit, make_mesh, one_device
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.orbax import load_converted
+from gradjax.checkpoints.safetensors import load_decoder
+from gradjax.model.parallel import log_unsplit
+from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, make_mesh, one_device
 from gradjax.spectra import measures
-from gradjax.spectra.batch import RowSpectra, SpectraSettings, batch_spectra
+from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra
 from gradjax.spectra.decompose import decomposer, device_values
 from gradjax.structs import PROJECTIONS, Factors, TokenBatch
 
@@ -44,7 +45,7 @@ def make_batch() -> TokenBatch:
 def spectra_on(mesh: Mesh, directory: Path) -> list[RowSpectra]:
     decoder = load_decoder(directory, read_config(directory), jnp.float32, mesh)
     with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
-        settings = SpectraSettings((0, 1), PROJECTIONS, "all", decompose)
+        settings = BatchConfig((0, 1), PROJECTIONS, "all", decompose)
         return batch_spectra(decoder, make_batch(), settings)()
 
 

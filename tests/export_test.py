@@ -8,9 +8,9 @@ import pytest
 
 from gradjax.config import RunConfig, SpectraConfig
 from gradjax.errors import GradjaxError
-from gradjax.export import export
-from gradjax.run import run
-from gradjax.store import read_table
+from gradjax.runs.run import run
+from gradjax.storage.reference import export
+from gradjax.storage.store import read_table
 
 pytestmark = pytest.mark.smoke
 

@@ -17,8 +17,8 @@ from matplotlib.text import Text
 import gradjax
 from gradjax.errors import GradjaxError
 from gradjax.report import figures
-from gradjax.report.values import SPECTRAL, RunValues, read_values
-from gradjax.store import open_store
+from gradjax.storage.results import SPECTRAL, RunValues, read_values
+from gradjax.storage.store import open_store
 from gradjax.structs import PROJECTIONS, Example, ExampleResult, Spectrum, TokenizedExample
 
 LAYERS = 7

@@ -12,16 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
+from gradjax.checkpoints.gpt2 import is_gpt2, load_gpt2, read_gpt2_config
 from gradjax.errors import GradjaxError
-from gradjax.model.gpt2 import (
-    GPT2,
-    GPT2Config,
-    hidden_states,
-    is_gpt2,
-    load_gpt2,
-    project_logits,
-    read_gpt2_config,
-)
+from gradjax.model.gpt2 import GPT2, GPT2Config, hidden_states, project_logits
 from tests.checkpoints import make_hf_model
 from tests.gpt2_checkpoints import HUB_CONFIG, make_gpt2, save_as_on_the_hub
 

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.gradients.factored import HEAD_CHUNK, attention_gradients
 from gradjax.model.attention import CHUNKS
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder
 from gradjax.sharding import one_device
-from gradjax.spectra.batch import SpectraSettings, batch_spectra
+from gradjax.spectra.batch import BatchConfig, batch_spectra
 from gradjax.spectra.decompose import decomposer
 from gradjax.structs import PROJECTIONS, TokenBatch
 from tests import oracle
@@ -51,7 +51,7 @@ def spectra_of(decoder, batch, route, **changes):
             "decompose": decompose if route else None,
             "dense_chunk": 2,
         }
-        return batch_spectra(decoder, batch, SpectraSettings(**{**settings, **changes}))()
+        return batch_spectra(decoder, batch, BatchConfig(**{**settings, **changes}))()
 
 
 def assert_equals_oracle(row, hf_model, tokens, targets):
@@ -162,7 +162,7 @@ def test_upper_layers_and_some_projections(pair):
     (everything,) = spectra_of(decoder, batch, "gram")
     whole = {(s.layer, s.projection): s.nuclear_norm for s in everything.spectra}
     with decomposer("gram", ("k", "o"), one_device(), on_host=True) as decompose:
-        settings = SpectraSettings((1, 2), ("k", "o"), "adjacent", decompose)
+        settings = BatchConfig((1, 2), ("k", "o"), "adjacent", decompose)
         (some,) = batch_spectra(decoder, batch, settings)()
     assert [(s.layer, s.projection) for s in some.spectra] == [
         (1, "k"), (1, "o"), (2, "k"), (2, "o"),

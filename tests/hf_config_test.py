@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
+from gradjax.checkpoints.hf_config import read_config
 from gradjax.errors import GradjaxError
 from gradjax.model.config import RopeScaling
-from gradjax.model.hf_config import read_config
 from tests.checkpoints import FAMILIES, make_hf_model
 
 CONFIG_CLASSES = {

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gradjax.checkpoints import resolve as registry
 from gradjax.data.examples import to_example
 from gradjax.errors import GradjaxError
-from gradjax.model import registry
+from gradjax.score.config import Score
 from gradjax.score.ifd import score_ifd, score_perplexity
-from gradjax.score.losses import LanguageModel, load_language_model, mean_losses
-from gradjax.score.structs import Score
+from gradjax.score.language_model import LanguageModel, load_language_model, mean_losses
 from gradjax.structs import Example, TokenizedExample
 from tests.checkpoints import make_hf_model
 from tests.gpt2_checkpoints import make_gpt2, save_as_on_the_hub

@@ -19,22 +19,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradjax.errors import GradjaxError
+from gradjax.score.batch_api import batch_lines, read_batch_results, write_batch
+from gradjax.score.config import Score
 from gradjax.score.endpoint import Judge
 from gradjax.score.judge import (
     JudgePlan,
-    batch_lines,
     judged_tags,
     parse_difficulty,
     parse_tags,
     plan_judging,
-    read_batch_results,
     read_prompt,
     score_difficulty,
     score_instag,
     tag_coverage,
-    write_batch,
 )
-from gradjax.score.structs import Score
 from gradjax.structs import Example
 from tests.fake_endpoint import (
     DROP,

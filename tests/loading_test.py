@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.safetensors import load_decoder, weights_hash
 from gradjax.errors import GradjaxError
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder, weights_hash
 from tests.checkpoints import make_hf_model, save_checkpoint
 
 SINGLE = "model.safetensors"
@@ -281,8 +281,8 @@ _MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import jax, jax.numpy as jnp
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.safetensors import load_decoder
 
 def anonymous():
     for line in open("/proc/self/status"):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import gradjax
-from gradjax.store import open_store
+from gradjax.storage.store import open_store
 from gradjax.structs import (
     PROJECTIONS,
     SAME_LAYER_PAIRS,

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from gradjax.data.datasets import DATASETS
-from gradjax.model.registry import REGISTRY
+from gradjax.checkpoints.resolve import REGISTRY
+from gradjax.data.catalog import DATASETS
 from tests.fake_endpoint import Reply, answer, fake_endpoint
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.model.decoder import Decoder, logits
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder
 from tests.checkpoints import FAMILIES, GEMMA_WINDOW, make_hf_model, save_checkpoint
 
 LENGTH = 83  # well above every window, and above Llama's original_max_position_embeddings

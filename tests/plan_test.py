@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradjax import plan as plan_module
-from gradjax.config import RunConfig, SpectraConfig, TokenSettings
-from gradjax.data.batches import BatchPlan
+from gradjax.config import RunConfig, SpectraConfig, TokenConfig
+from gradjax.data.batches import BatchSpec
 from gradjax.errors import GradjaxError
 from gradjax.gradients import factored
 from gradjax.model.config import DecoderConfig, qwen2_config
 from gradjax.model.decoder import random_decoder
-from gradjax.plan import batch_flops, batch_memory, spectra_flops
-from gradjax.run import print_plan, run
+from gradjax.runs import cost as plan_module
+from gradjax.runs.cost import batch_flops, batch_memory, spectra_flops
+from gradjax.runs.run import print_plan, run
 from gradjax.sharding import one_device, parse_mesh
 from gradjax.spectra import measures
 from gradjax.spectra.batch import LAYERS_AHEAD
@@ -77,7 +77,7 @@ def compiled_bytes(model: DecoderConfig, rows: int, length: int, *, keep: bool) 
 @pytest.mark.parametrize(("rows", "length"), [(3, 416), (1, 2048)])
 def test_memory_is_what_the_compiled_programs_hold(rows, length, keep):
     model = make_config(num_layers=7)
-    batch = BatchPlan(tuple(range(rows)), length, rows)
+    batch = BatchSpec(tuple(range(rows)), length, rows)
     config = SpectraConfig()
     found = batch_memory(model, config, batch, 4, ALONE, keep_activations=keep)
     compiled = compiled_bytes(model, rows, length, keep=keep)
@@ -95,7 +95,7 @@ def test_memory_grows_with_depth_by_the_block_inputs_alone():
         planned = batch_memory(
             model,
             SpectraConfig(),
-            BatchPlan((0, 1), length, rows),
+            BatchSpec((0, 1), length, rows),
             4,
             ALONE,
             keep_activations=False,
@@ -128,7 +128,7 @@ def test_live_arrays_during_the_backward_pass_are_block_inputs_and_one_block(num
 
 def test_mesh_splits_weights_and_rows():
     model, config = make_config(3), SpectraConfig()
-    batch = BatchPlan(tuple(range(8)), 256, 8)
+    batch = BatchSpec(tuple(range(8)), 256, 8)
     alone = batch_memory(model, config, batch, 4, ALONE, keep_activations=False)
     data = batch_memory(model, config, batch, 4, parse_mesh("data:8"), keep_activations=False)
     fsdp = batch_memory(model, config, batch, 4, parse_mesh("fsdp:8"), keep_activations=False)
@@ -144,10 +144,10 @@ def test_flops_of_the_floor_are_four_per_weight_and_token():
     block = 2 * 256 * (256 + 64) + 3 * 256 * 704  # q, o, k, v and the MLP
     attention = 7 * 256 * 64 * tokens  # two products forward, five back, half of the pairs
     gradients = 2 * tokens * 2 * 256 * (256 + 64)
-    found = batch_flops(model, SpectraConfig(), BatchPlan((0, 1, 2), 64, 3), True)
+    found = batch_flops(model, SpectraConfig(), BatchSpec((0, 1, 2), 64, 3), True)
     expected = 5 * (4 * block * tokens + attention + gradients)
     assert found == pytest.approx(expected, rel=0.01)  # but for norms and biases
-    recomputed = batch_flops(model, SpectraConfig(), BatchPlan((0, 1, 2), 64, 3), False)
+    recomputed = batch_flops(model, SpectraConfig(), BatchSpec((0, 1, 2), 64, 3), False)
     assert recomputed - found == pytest.approx(5 * (2 * block + 2 * 256 * 64) * tokens, rel=0.01)
 
 
@@ -162,7 +162,7 @@ def test_plan_of_the_demo_reads_no_weights(monkeypatch, capsys, tmp_path):
     def fail(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("gradjax.run.load_weights", fail)
+    monkeypatch.setattr("gradjax.runs.run.load_weights", fail)
     print_plan(RunConfig(limit=5, batch_tokens=256, mesh="data:2,fsdp:2"))
     text = capsys.readouterr().out
     for word in ("rows        15", "padding", "batches", "4 (data:2,fsdp:2,tensor:1)", "weights"):
@@ -196,6 +196,6 @@ def test_weights_of_registered_sizes():
 
 
 def test_truncated_rows_are_planned_as_cut(capsys):
-    config = RunConfig(limit=1, tokens=TokenSettings(max_length=33))
+    config = RunConfig(limit=1, tokens=TokenConfig(max_length=33))
     print_plan(config)
     assert "of 3 × 64 tokens" in capsys.readouterr().out

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gradjax.distributed import join
 from gradjax.errors import GradjaxError
-from gradjax.processes import join
-from gradjax.store import finished_rows
+from gradjax.storage.store import finished_rows
 from tests.run_test import start, tables
 
 ROWS = 36

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.resolve import REGISTRY, load_tokenizer, resolve
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig, RopeScaling
 from gradjax.model.decoder import logits, random_decoder
-from gradjax.model.hf_config import read_config
-from gradjax.model.registry import REGISTRY, load_tokenizer, resolve
 from tests.checkpoints import make_hf_model, save_checkpoint
 from tests.tokenizers import make_tokenizer
 
@@ -287,7 +287,7 @@ class Hub(BaseHTTPRequestHandler):
 RESOLVE = """
 import json, sys
 from gradjax.errors import GradjaxError
-from gradjax.model.registry import resolve
+from gradjax.checkpoints.resolve import resolve
 
 for model in sys.argv[1:]:
     try:

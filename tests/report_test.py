@@ -19,8 +19,8 @@ from gradjax.errors import GradjaxError
 from gradjax.report.compare import COLUMNS, compare, difference, sentence
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
-from gradjax.report.values import RunValues, example_values, read_values
 from gradjax.report.write import ReportConfig, write_report
+from gradjax.storage.results import RunValues, example_values, read_values
 from gradjax.structs import PROJECTIONS
 from tests.made_up_runs import SIDES, Group, write_run
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 from gradjax.api import load_model
+from gradjax.checkpoints.hf_config import read_config
 from gradjax.data.examples import to_example
 from gradjax.errors import GradjaxError
-from gradjax.model.hf_config import read_config
 from gradjax.score.reward import load_reward_model, score_reward
 from gradjax.structs import Example
 from tests.checkpoints import make_hf_model, save_checkpoint

@@ -15,14 +15,15 @@ import pandas as pd
 import pytest
 
 import gradjax
-from gradjax import compute
-from gradjax import run as run_module
-from gradjax.config import RunConfig, SpectraConfig, TokenSettings
-from gradjax.demo.problems import demo_rows
+from gradjax.config import RunConfig, SpectraConfig, TokenConfig
+from gradjax.data.word_problems import demo_rows
 from gradjax.errors import GradjaxError
-from gradjax.run import run
-from gradjax.store import TABLES, open_store, read_table
-from gradjax.summary import format_table, group_means, unused_rows
+from gradjax.runs import compute
+from gradjax.runs import inputs as inputs_module
+from gradjax.runs import run as run_module
+from gradjax.runs.run import run
+from gradjax.storage.results import format_table, group_means, unused_rows
+from gradjax.storage.store import TABLES, open_store, read_table
 
 pytestmark = pytest.mark.smoke
 
@@ -206,8 +207,8 @@ def test_smaller_limit_is_refused(tmp_path):
     ("changes", "named"),
     [
         ({"dtype": "bfloat16"}, "dtype"),
-        ({"tokens": TokenSettings(max_length=64)}, "max_length"),
-        ({"tokens": TokenSettings(prompt_format="chat")}, "prompt_format"),
+        ({"tokens": TokenConfig(max_length=64)}, "max_length"),
+        ({"tokens": TokenConfig(prompt_format="chat")}, "prompt_format"),
         ({"spectra": dataclasses.replace(SMALL, projections=("q",))}, "projections"),
         ({"spectra": dataclasses.replace(SMALL, layers="3")}, "layers"),
         ({"spectra": dataclasses.replace(SMALL, spectrum="dense")}, "spectrum"),
@@ -257,7 +258,7 @@ def test_every_row_gets_a_status(tmp_path):
         {"messages": [{"role": r, "content": "5"} for r in ("user", "assistant") * 2]},
     ]
     path.write_text(json.dumps(rows))
-    tokens = TokenSettings(max_length=48, target_tokens=3)
+    tokens = TokenConfig(max_length=48, target_tokens=3)
     directory = run(config(tmp_path / "run", data=(str(path),), limit=None, tokens=tokens))
     examples = tables(directory)["examples"]
     assert list(examples.status) == [
@@ -282,7 +283,7 @@ def test_a_group_without_usable_rows(tmp_path):
 
 def test_numbers_that_overflow_are_not_finite(tmp_path, monkeypatch):
     """Finite weights whose product is not: the row is kept, and says so."""
-    from gradjax.model import pretrained
+    from gradjax.checkpoints import pretrained
 
     load = pretrained.load_weights
 
@@ -382,7 +383,7 @@ def test_one_example_is_logged_with_its_target_tokens_marked(uninterrupted, tmp_
 
 
 def test_model_that_does_not_fit(monkeypatch):
-    from gradjax.model import pretrained
+    from gradjax.checkpoints import pretrained
 
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
@@ -412,9 +413,9 @@ def test_broken_model_does_not_cost_the_run_that_it_was_to_replace(tmp_path, mon
 
 
 def test_token_beyond_the_vocabulary(tmp_path, monkeypatch):
-    read = run_module.read_config
+    read = inputs_module.read_config
     monkeypatch.setattr(
-        run_module, "read_config", lambda d: dataclasses.replace(read(d), vocab_size=40)
+        inputs_module, "read_config", lambda d: dataclasses.replace(read(d), vocab_size=40)
     )
     with pytest.raises(GradjaxError, match=r"row 0: .* outside the model's vocabulary of 40"):
         run(config(tmp_path / "run"))

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 import gradjax
-from gradjax.config import RunConfig, TokenSettings
+from gradjax.config import RunConfig, TokenConfig
 from gradjax.errors import GradjaxError
-from gradjax.run import run
+from gradjax.runs.run import run
 from gradjax.score import run as score_run
 from gradjax.score.config import FAMILIES, ScoreConfig
 from gradjax.score.run import plan, score
@@ -94,7 +94,7 @@ def test_a_killed_scoring_goes_on(rows, tmp_path):
     program = f"""
 import os, signal
 from gradjax.score import run
-from gradjax.places import LocalPlace
+from gradjax.storage.filesystem import LocalPlace
 from tests.score_test import config
 from pathlib import Path
 run._CHUNK_ROWS = 1
@@ -123,7 +123,7 @@ run.score(config(Path({str(rows)!r}), Path({str(killed)!r})))
 def test_what_is_finished_is_not_computed_again(rows, tmp_path, monkeypatch):
     directory = tmp_path / "out"
     first = table(Path(score(config(rows, directory))))
-    monkeypatch.setattr("gradjax.score.families.load_language_model", None)
+    monkeypatch.setattr("gradjax.score.metrics.load_language_model", None)
     pd.testing.assert_frame_equal(table(Path(score(config(rows, directory)))), first)
 
 
@@ -191,7 +191,7 @@ def test_a_run_that_could_not_use_a_row_leaves_its_other_scores(rows, tmp_path):
     asked = RunConfig(
         data=(f"g={rows}",),
         output_dir=tmp_path / "run",
-        tokens=TokenSettings(max_length=41, truncation="drop"),
+        tokens=TokenConfig(max_length=41, truncation="drop"),
     )
     run(asked)
     both = config(rows, tmp_path / "out", "ifd", run=str(tmp_path / "run"))
@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_had_leaves_the_directory_free(rows, tmp_path):
 def test_a_table_of_other_rows_or_settings_is_gone_at_once(rows, tmp_path, monkeypatch):
     directory = tmp_path / "out"
     score(config(rows, directory))
-    monkeypatch.setattr("gradjax.score.families.load_language_model", lambda _: 1 / 0)
+    monkeypatch.setattr("gradjax.score.metrics.load_language_model", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score(config(rows, directory, max_length=31, overwrite=True))
     assert not (directory / "scores" / "000000.parquet").exists()
@@ -229,7 +229,7 @@ def test_a_run_of_other_rows_is_refused(gradients, rows, tmp_path):
 
 
 def test_judged_rows_are_asked_once_and_failures_again(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradjax.score.families.Judge", quick_judge)
+    monkeypatch.setattr("gradjax.score.metrics.Judge", quick_judge)
     down = True
 
     def behaviour(prompt: str, _: int):
@@ -258,7 +258,7 @@ def test_judged_rows_are_asked_once_and_failures_again(rows, tmp_path, monkeypat
 
 
 def test_rows_that_the_judge_will_not_have_stop_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("gradjax.score.families.Judge", quick_judge)
+    monkeypatch.setattr("gradjax.score.metrics.Judge", quick_judge)
     rows = tmp_path / "rows.jsonl"
     lines = [{"instruction": "x" * (n + 1), "output": "y"} for n in range(50)]
     rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -273,7 +273,7 @@ def test_rows_that_the_judge_will_not_have_stop_no_run(tmp_path, monkeypatch):
 
 
 def test_the_tag_vocabulary_is_told(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradjax.score.families.Judge", quick_judge)
+    monkeypatch.setattr("gradjax.score.metrics.Judge", quick_judge)
 
     def behaviour(prompt: str, _: int):
         return answer('["sums", "pens"]' if LONG in prompt else '["sums"]')

@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gradjax.model.registry import REGISTRY
+from gradjax.checkpoints.resolve import REGISTRY
 
 ROOT = Path(__file__).parent.parent
 MODEL_SHAPES = ROOT / "tests" / "data" / "model_shapes.csv"

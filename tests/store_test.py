@@ -17,12 +17,12 @@ import s3fs
 from absl import logging
 
 import gradjax
-from gradjax import places
 from gradjax.config import RunConfig
 from gradjax.errors import GradjaxError
-from gradjax.export import export
-from gradjax.store import TABLES, finished_rows, open_store, read_manifest, read_table
-from gradjax.summary import group_means
+from gradjax.storage import filesystem as places
+from gradjax.storage.reference import export
+from gradjax.storage.results import group_means
+from gradjax.storage.store import TABLES, finished_rows, open_store, read_manifest, read_table
 from tests.store_writer import LAYERS, MANIFEST, SETTINGS, SHARD, made_up_result, write
 
 ROWS = 23

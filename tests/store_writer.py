@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gradjax import places
-from gradjax.store import open_store
+from gradjax.storage import filesystem as places
+from gradjax.storage.store import open_store
 from gradjax.structs import (
     PROJECTIONS,
     SAME_LAYER_PAIRS,

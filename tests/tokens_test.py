@@ -14,13 +14,13 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from gradjax.data.examples import to_example
-from gradjax.data.tokens import TokenSettings, check_tokenizer, describe, tokenize
+from gradjax.data.tokens import TokenConfig, check_tokenizer, describe, tokenize
 from gradjax.errors import GradjaxError
 from tests.tokenizers import BOS, END_OF_TURN, FAMILIES, make_tokenizer
 
 pytestmark = pytest.mark.smoke
 
-CHAT = TokenSettings("chat")
+CHAT = TokenConfig("chat")
 
 nfc = functools.partial(unicodedata.normalize, "NFC")
 
@@ -69,7 +69,7 @@ texts = st.one_of(
 def test_plain_is_the_papers_procedure(family, instruction, output, max_length):
     tokenizer = make_tokenizer(family)
     example = pair(instruction, output)
-    result = tokenize(example, tokenizer, TokenSettings(max_length=max_length))
+    result = tokenize(example, tokenizer, TokenConfig(max_length=max_length))
     if not output.strip():
         assert result.status == "empty_response"
         return
@@ -85,27 +85,27 @@ def test_plain_is_the_papers_procedure(family, instruction, output, max_length):
 def test_plain_appends_the_input_and_marks_the_whole_response():
     tokenizer = make_tokenizer("llama")
     row = {"instruction": "Add them.", "input": "17 and 25", "output": "42 is 42"}
-    result = tokenize(to_example(row, "g", 0), tokenizer, TokenSettings())
+    result = tokenize(to_example(row, "g", 0), tokenizer, TokenConfig())
     assert tokenizer.decode(result.tokens) == "<|begin_of_text|>Add them.\n17 and 25\n42 is 42"
     assert target_texts(result, tokenizer) == ["42 is 42"]
 
 
 def test_plain_without_bos_never_targets_the_first_token():
     tokenizer = make_tokenizer("qwen2")
-    result = tokenize(pair("", "abc"), tokenizer, TokenSettings())
+    result = tokenize(pair("", "abc"), tokenizer, TokenConfig())
     assert not result.targets[0]
     assert target_texts(result, tokenizer) == ["abc"]
 
 
 def test_plain_puts_a_system_message_before_the_question():
     tokenizer = make_tokenizer("qwen2")
-    result = tokenize(chat("hi", "yo", system="Be kind."), tokenizer, TokenSettings())
+    result = tokenize(chat("hi", "yo", system="Be kind."), tokenizer, TokenConfig())
     assert tokenizer.decode(result.tokens) == "Be kind.\nhi\nyo"
     assert target_texts(result, tokenizer) == ["yo"]
 
 
 def test_plain_refuses_several_turns_and_points_to_chat():
-    result = tokenize(chat("a", "b", "c", "d"), make_tokenizer("qwen2"), TokenSettings())
+    result = tokenize(chat("a", "b", "c", "d"), make_tokenizer("qwen2"), TokenConfig())
     assert (result.status, result.num_tokens) == ("invalid_row", 0)
     assert "4 turns" in result.reason
     assert "--prompt_format=chat" in result.reason
@@ -164,7 +164,7 @@ def test_chat_targets_are_the_assistant_turns_through_their_end(family, turns):
 @settings(max_examples=40, deadline=None)
 def test_chat_targets_hold_each_response_whatever_it_says(family, turns):
     tokenizer = make_tokenizer(family)
-    result = tokenize(chat(*turns), tokenizer, TokenSettings("chat", max_length=10**6))
+    result = tokenize(chat(*turns), tokenizer, TokenConfig("chat", max_length=10**6))
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
     runs = np.flatnonzero(np.diff(np.append(result.targets, False).astype(int)) == 1) + 1
     assert len(runs) == len(turns) // 2
@@ -260,12 +260,12 @@ def test_a_template_without_end_of_turn_marks_the_whole_content():
 
 def test_right_truncation_cuts_and_says_so():
     tokenizer = make_tokenizer("llama")
-    whole = tokenize(pair("What is it?", "one two three"), tokenizer, TokenSettings())
+    whole = tokenize(pair("What is it?", "one two three"), tokenizer, TokenConfig())
     assert not whole.truncated
     n = whole.num_tokens
-    exact = tokenize(whole.example, tokenizer, TokenSettings(max_length=n))
+    exact = tokenize(whole.example, tokenizer, TokenConfig(max_length=n))
     assert (exact.status, exact.truncated) == ("ok", False)
-    cut = tokenize(whole.example, tokenizer, TokenSettings(max_length=n - 3))
+    cut = tokenize(whole.example, tokenizer, TokenConfig(max_length=n - 3))
     assert (cut.status, cut.truncated, cut.num_tokens) == ("ok", True, n - 3)
     assert cut.num_target_tokens == whole.num_target_tokens - 3
     assert cut.tokens.tolist() == whole.tokens[: n - 3].tolist()
@@ -274,7 +274,7 @@ def test_right_truncation_cuts_and_says_so():
 @pytest.mark.parametrize("prompt_format", ["plain", "chat"])
 def test_a_prompt_that_fills_the_window_leaves_no_target(prompt_format):
     tokenizer = make_tokenizer("gemma2")
-    settings = TokenSettings(prompt_format, max_length=7)
+    settings = TokenConfig(prompt_format, max_length=7)
     result = tokenize(pair("a long question " * 9, "yes"), tokenizer, settings)
     assert (result.status, result.truncated) == ("no_target_tokens", True)
     assert (result.num_tokens, result.num_target_tokens) == (7, 0)
@@ -283,9 +283,9 @@ def test_a_prompt_that_fills_the_window_leaves_no_target(prompt_format):
 
 def test_drop_keeps_the_counts_of_a_row_that_is_too_long():
     tokenizer = make_tokenizer("qwen2")
-    whole = tokenize(pair("q", "one two three"), tokenizer, TokenSettings())
+    whole = tokenize(pair("q", "one two three"), tokenizer, TokenConfig())
     limit = whole.num_tokens - 1
-    result = tokenize(whole.example, tokenizer, TokenSettings(max_length=limit, truncation="drop"))
+    result = tokenize(whole.example, tokenizer, TokenConfig(max_length=limit, truncation="drop"))
     assert (result.status, result.truncated) == ("too_long", False)
     assert result.num_tokens == whole.num_tokens
     assert f"{whole.num_tokens} tokens" in result.reason
@@ -293,7 +293,7 @@ def test_drop_keeps_the_counts_of_a_row_that_is_too_long():
 
 
 def test_error_truncation_names_row_and_limit():
-    settings = TokenSettings(max_length=5, truncation="error")
+    settings = TokenConfig(max_length=5, truncation="error")
     with pytest.raises(GradjaxError, match=r"Row 3 of group 'g' has \d+ tokens.*--max_length=5"):
         tokenize(pair("What is it?", "one two three"), make_tokenizer("qwen2"), settings)
 
@@ -301,8 +301,8 @@ def test_error_truncation_names_row_and_limit():
 def test_target_tokens_ends_the_sequence_after_the_nth_target():
     tokenizer = make_tokenizer("llama")
     example = pair("What is it?", "one two three four")
-    whole = tokenize(example, tokenizer, TokenSettings())
-    result = tokenize(example, tokenizer, TokenSettings(target_tokens=5))
+    whole = tokenize(example, tokenizer, TokenConfig())
+    result = tokenize(example, tokenizer, TokenConfig(target_tokens=5))
     assert (result.status, result.truncated, result.num_target_tokens) == ("ok", False, 5)
     assert result.targets[-5:].all()
     assert result.tokens.tolist() == whole.tokens[: result.num_tokens].tolist()
@@ -324,7 +324,7 @@ def test_target_tokens_counts_over_turns():
     [(3, 4096, "ok"), (99, 4096, "too_short"), (99, 2, "no_target_tokens")],
 )
 def test_target_tokens_judges_short_responses(n, max_length, status):
-    settings = TokenSettings(max_length=max_length, target_tokens=n)
+    settings = TokenConfig(max_length=max_length, target_tokens=n)
     result = tokenize(pair("What?", "one two"), make_tokenizer("llama"), settings)
     assert result.status == status
     if status == "too_short":
@@ -332,7 +332,7 @@ def test_target_tokens_judges_short_responses(n, max_length, status):
 
 
 def test_target_tokens_spares_a_row_that_fits_once_cut():
-    settings = TokenSettings(max_length=40, truncation="drop", target_tokens=4)
+    settings = TokenConfig(max_length=40, truncation="drop", target_tokens=4)
     result = tokenize(pair("What?", "one two " * 50), make_tokenizer("llama"), settings)
     assert (result.status, result.truncated, result.num_target_tokens) == ("ok", False, 4)
 
@@ -348,7 +348,7 @@ def test_unusable_examples_pass_through(row):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_check_tokenizer_accepts_the_families(family):
     check_tokenizer(make_tokenizer(family), CHAT)
-    check_tokenizer(make_tokenizer(family, chat_template=False), TokenSettings())
+    check_tokenizer(make_tokenizer(family, chat_template=False), TokenConfig())
 
 
 def test_check_tokenizer_names_what_is_missing():
@@ -372,7 +372,7 @@ def test_check_tokenizer_refuses_slow_tokenizers():
 def test_describe_marks_targets_and_is_safe_to_print():
     tokenizer = make_tokenizer("llama")
     example = pair("hi\x1b[31m \u202eyou", "the sea\r\n\x00")
-    text = describe(tokenize(example, tokenizer, TokenSettings()), tokenizer)
+    text = describe(tokenize(example, tokenizer, TokenConfig()), tokenizer)
     assert text == "<|begin_of_text|>hi\\x1b[31m \\u202eyou\\n⟦the sea\\r\\n\\x00⟧"
 
 

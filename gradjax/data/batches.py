@@ -9,12 +9,12 @@ import numpy as np
 from gradjax.structs import TokenBatch, TokenizedExample
 
 MULTIPLE = 32  # padded lengths are multiples of this
-MAX_RUNGS = 6  # padded lengths in one plan
+MAX_BUCKETS = 6  # padded lengths in one call
 PAD_ID = 0  # any token will do: padding carries no loss and no real token sees it
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchPlan:
+class BatchSpec:
     """Which rows form a batch, and its padded shape [size, length]."""
 
     rows: tuple[int, ...]  # positions in the list of lengths
@@ -22,43 +22,43 @@ class BatchPlan:
     size: int  # slots, B ≥ len(rows)
 
 
-def plan_batches(
+def batch_by_length(
     lengths: Sequence[int], batch_tokens: int, max_rows: int | None = None, devices: int = 1
-) -> list[BatchPlan]:
+) -> list[BatchSpec]:
     """Puts every row in one batch of at most `batch_tokens` padded tokens a device, longest first.
 
     `lengths` are in tokens; `max_rows` is of one device, and every device has as many slots. At
-    most MAX_RUNGS padded lengths are used, chosen to pad least, and all batches of one padded
-    length have one size; on one device, a rung with n batches has at most n - 1 filler slots. A
+    most MAX_BUCKETS padded lengths are used, chosen to pad least, and all batches of one padded
+    length have one size; on one device, a bucket with n batches has at most n - 1 filler slots. A
     row longer than `batch_tokens` is alone on its device. Memory problems show in the first batch
     rather than at the end.
     """
     split = partial(_split, batch_tokens=batch_tokens, max_rows=max_rows, devices=devices)
     if not lengths:
         return []
-    rungs = np.asarray(_rungs(lengths, split))
-    rung_of_row = rungs[np.searchsorted(rungs, lengths)]
-    plans = []
-    for length in reversed(rungs.tolist()):
-        rows = np.flatnonzero(rung_of_row == length)
+    buckets = np.asarray(_length_buckets(lengths, split))
+    bucket_of_row = buckets[np.searchsorted(buckets, lengths)]
+    specs = []
+    for length in reversed(buckets.tolist()):
+        rows = np.flatnonzero(bucket_of_row == length)
         size = int(split(np.asarray(len(rows)), length)[1])
-        plans += [
-            BatchPlan(tuple(rows[i : i + size].tolist()), length, size)
+        specs += [
+            BatchSpec(tuple(rows[i : i + size].tolist()), length, size)
             for i in range(0, len(rows), size)
         ]
-    return plans
+    return specs
 
 
-def make_batch(plan: BatchPlan, tokenized: Sequence[TokenizedExample]) -> TokenBatch:
-    """The planned batch; `tokenized` is the list whose lengths were planned."""
-    tokens = np.full((plan.size, plan.length), PAD_ID, np.int32)
-    targets = np.zeros((plan.size, plan.length), bool)
-    lengths = np.zeros(plan.size, np.int32)
-    for slot, row in enumerate(plan.rows):
+def make_batch(spec: BatchSpec, tokenized: Sequence[TokenizedExample]) -> TokenBatch:
+    """The formed batch; `tokenized` is the list whose lengths were planned."""
+    tokens = np.full((spec.size, spec.length), PAD_ID, np.int32)
+    targets = np.zeros((spec.size, spec.length), bool)
+    lengths = np.zeros(spec.size, np.int32)
+    for slot, row in enumerate(spec.rows):
         n = lengths[slot] = tokenized[row].num_tokens
         tokens[slot, :n] = tokenized[row].tokens
         targets[slot, :n] = tokenized[row].targets
-    return TokenBatch(plan.rows, tokens, targets, lengths)
+    return TokenBatch(spec.rows, tokens, targets, lengths)
 
 
 def _split(
@@ -73,13 +73,13 @@ def _split(
     return batches, -(-rows // (batches * devices)) * devices
 
 
-def _rungs(
+def _length_buckets(
     lengths: Sequence[int], split: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 ) -> list[int]:
     """The padded lengths, ascending, that need the fewest tokens with padding and filler.
 
     Exact, by dynamic programming: cost[j] is the least number of tokens for the j shortest
-    distinct lengths with the rungs so far; one more rung takes lengths i to j - 1 up to the
+    distinct lengths with the buckets so far; one more bucket takes lengths i to j - 1 up to the
     last of them.
     """
     padded = -(-np.maximum(lengths, 1) // MULTIPLE) * MULTIPLE
@@ -88,7 +88,7 @@ def _rungs(
     cost = np.full(len(steps) + 1, np.inf)
     cost[0] = 0
     origins = []
-    for _ in range(min(MAX_RUNGS, len(steps))):
+    for _ in range(min(MAX_BUCKETS, len(steps))):
         origin = np.zeros(len(steps) + 1, np.int64)
         next_cost = cost.copy()
         for j, length in enumerate(steps.tolist(), start=1):
@@ -99,10 +99,10 @@ def _rungs(
             next_cost[j] = options[origin[j]]
         origins.append(origin)
         cost = next_cost
-    rungs: list[int] = []
+    buckets: list[int] = []
     end = len(steps)
     for origin in reversed(origins):
         if end:
-            rungs.append(int(steps[end - 1]))
+            buckets.append(int(steps[end - 1]))
             end = int(origin[end])
-    return rungs[::-1]
+    return buckets[::-1]

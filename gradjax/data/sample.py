@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gradjax.data.datasets import RegisteredDataset, fetch
+from gradjax.data.catalog import RegisteredDataset, fetch
 from gradjax.data.examples import to_example
 from gradjax.data.sources import registered_rows
 from gradjax.errors import GradjaxError
-from gradjax.places import whole_file
+from gradjax.storage.filesystem import whole_file
 from gradjax.structs import Example
 
 

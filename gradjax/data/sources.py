@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow.parquet
 
-from gradjax.data.datasets import DATASETS, RegisteredDataset, fetch
-from gradjax.demo.problems import DEMO_GROUPS, demo_rows
+from gradjax.data.catalog import DATASETS, RegisteredDataset, fetch
+from gradjax.data.word_problems import DEMO_GROUPS, demo_rows
 from gradjax.errors import GradjaxError
 
 DEMO = "demo"

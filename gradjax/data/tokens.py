@@ -9,13 +9,14 @@ ends is known from the rendering, not searched for in the text.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from gradjax.config import TokenSettings
+from gradjax.config import TokenConfig
 from gradjax.data.examples import is_single_turn
 from gradjax.errors import GradjaxError
 from gradjax.structs import Example, Message, Status, TokenizedExample
@@ -31,7 +32,7 @@ class _UnusableError(Exception):
     """Carries the reason why an example cannot be rendered."""
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, settings: TokenSettings) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, settings: TokenConfig) -> None:
     """Raises GradjaxError where the tokenizer cannot do what the settings ask for."""
     if settings.prompt_format == "plain":
         return
@@ -56,7 +57,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, settings: TokenSettings)
 
 
 def tokenize(
-    example: Example, tokenizer: PreTrainedTokenizerFast, settings: TokenSettings
+    example: Example, tokenizer: PreTrainedTokenizerFast, settings: TokenConfig
 ) -> TokenizedExample:
     """Tokens int32 [T] and targets bool [T] of one example, T ≤ `max_length` if it is `ok`.
 
@@ -186,7 +187,7 @@ def _encode(tokenizer: Any, text: str, **options: bool) -> BatchEncoding:
 
 
 def _cut(
-    example: Example, tokens: np.ndarray, targets: np.ndarray, settings: TokenSettings
+    example: Example, tokens: np.ndarray, targets: np.ndarray, settings: TokenConfig
 ) -> TokenizedExample:
     """Applies `target_tokens`, then `max_length`, and judges what is left."""
     wanted, limit = settings.target_tokens, settings.max_length
@@ -211,7 +212,7 @@ def _cut(
     return TokenizedExample(example, tokens, targets, truncated, status, reason)
 
 
-def _judge(targets: np.ndarray, truncated: bool, settings: TokenSettings) -> tuple[Status, str]:
+def _judge(targets: np.ndarray, truncated: bool, settings: TokenConfig) -> tuple[Status, str]:
     count, wanted = int(targets.sum()), settings.target_tokens
     cut = f" within --max_length={settings.max_length}" if truncated else ""
     if count == 0:
@@ -252,3 +253,14 @@ def _printable(text: str, width: int = 600) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+def check_vocabulary(tokenized: Sequence[TokenizedExample], vocab_size: int) -> None:
+    """Raises GradjaxError where a token id has no row in an embedding table of `vocab_size`."""
+    for t in tokenized:
+        if t.num_tokens and t.tokens.max() >= vocab_size:
+            raise GradjaxError(
+                f"group {t.example.group} row {t.example.example_id}: the tokenizer gives token id "
+                f"{t.tokens.max()}, outside the model's vocabulary of {vocab_size}; use the "
+                "tokenizer that belongs to this checkpoint"
+            )

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from gradjax.demo.problems import mixed_rows
+from gradjax.cli.app import start
+from gradjax.data.word_problems import mixed_rows
 from gradjax.errors import GradjaxError
-from gradjax.places import whole_file
-from gradjax.program import start
+from gradjax.storage.filesystem import whole_file
 
 flags.DEFINE_integer("rows", 1000, "how many", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "of the rows")

@@ -26,15 +26,15 @@ from absl import flags, logging
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
-from gradjax.demo.problems import answer_of, random_problem
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.safetensors import load_decoder
+from gradjax.cli.app import start
+from gradjax.data.word_problems import answer_of, random_problem
 from gradjax.demo.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig, qwen2_config
 from gradjax.model.decoder import Decoder, logits, random_decoder
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder
 from gradjax.model.parameters import all_parameters
-from gradjax.program import start
 
 MODEL_DIRECTORY = Path(__file__).parent / "model"
 

@@ -22,15 +22,16 @@ from gradjax.model import decoder, layers
 from gradjax.model.attention import attention_backward
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Block, BlockActivations, Decoder
-from gradjax.model.parameters import block_parameters, model_parameters
-from gradjax.sharding import (
-    EVERYWHERE,
-    EXAMPLES,
+from gradjax.model.parallel import (
     from_stream,
     own_columns,
     own_examples,
     to_stream,
+    weight_spec,
+    whole_table,
 )
+from gradjax.model.parameters import block_parameters, model_parameters
+from gradjax.sharding import EVERYWHERE, EXAMPLES
 from gradjax.structs import Factors
 
 # Target tokens whose logits exist at a time: 78 MB of float32 at a vocabulary of 152k.
@@ -105,7 +106,7 @@ def head_gradient(
     Value and gradient are taken together for `HEAD_CHUNK` target positions at a time, so no
     logits are computed twice, for tokens without loss, or all at once.
     """
-    table = sharding.whole_table(config, table)
+    table = whole_table(config, table)
     batch, length, width = x.shape
     predicts = jnp.pad(targets[:, 1:], ((0, 0), (0, 1)))  # position t predicts token t + 1
     labels = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))).reshape(-1)
@@ -150,7 +151,7 @@ def _rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]
 def _embed(mesh: Mesh, config: DecoderConfig, table: Array, tokens: Array) -> Array:
     return _on_mesh(
         mesh,
-        lambda table, tokens: decoder.embed(config, sharding.whole_table(config, table), tokens),
+        lambda table, tokens: decoder.embed(config, whole_table(config, table), tokens),
         (_table_spec(mesh, config), EXAMPLES),
         EXAMPLES,
     )(table, tokens)
@@ -196,12 +197,12 @@ def _on_mesh(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> C
 
 
 def _table_spec(mesh: Mesh, config: DecoderConfig) -> PartitionSpec:
-    return sharding.weight_spec(mesh, config, model_parameters(config)["embedding"])
+    return weight_spec(mesh, config, model_parameters(config)["embedding"])
 
 
 def _block_specs(mesh: Mesh, config: DecoderConfig, block: Block) -> Block:
     table = block_parameters(config, layer=0)
-    specs = {name: sharding.weight_spec(mesh, config, table[name]) for name in table}
+    specs = {name: weight_spec(mesh, config, table[name]) for name in table}
     return jax.tree.map_with_path(
         lambda path, _: specs[jax.tree_util.keystr(path[:1], simple=True)], block
     )
@@ -243,7 +244,7 @@ def block_backward(
     (hidden,) = from_stream(o, matrices["o"])
     attended, heads = kept.attended, (kept.q, kept.k, kept.v)
     from_o = own_examples(hidden, matrices["o"])
-    q, k, v = attention_backward(config, *heads, rope, window, attended, kept.log_sums, from_o)
+    q, k, v = attention_backward(config, *heads, rope, window, attended, kept.logsumexp, from_o)
     pairs = ((delta, matrices[name]) for name, delta in zip("qkv", (q, k, v), strict=True))
     hidden = to_stream(*((own_columns(delta, matrix), matrix) for delta, matrix in pairs))
     normed, norm_vjp = jax.vjp(lambda x: norm(x, block.attention_norm[...]), kept.x)

@@ -68,8 +68,8 @@ def attention(
         out = (out / total[..., None]).astype(q.dtype)
         return None, (jnp.moveaxis(out, 3, 1), jnp.moveaxis(largest + jnp.log(total), 3, 1))
 
-    _, (out, log_sums) = _over_chunks(qs, queries, None)
-    return _joined(out, q.shape[1]), _joined(log_sums, q.shape[1])
+    _, (out, logsumexp) = _over_chunks(qs, queries, None)
+    return _joined(out, q.shape[1]), _joined(logsumexp, q.shape[1])
 
 
 def attention_backward(
@@ -80,14 +80,14 @@ def attention_backward(
     rope: Float[Array, "2 T half"],
     window: Int[Array, ""],
     out: Float[Array, "B T Q"],
-    log_sums: Float[Array, "B T N"],
+    logsumexp: Float[Array, "B T N"],
     cotangent: Float[Array, "B T Q"],
 ) -> tuple[Float[Array, "B T Q"], Float[Array, "B T C"], Float[Array, "B T C"]]:
     """The cotangents of q, k and v, given that of `out`."""
     qs, ks, vs = _rotated_chunks(config, q, k, v, rope)
     chunk = qs.shape[2]
     cotangents, outs = (_chunked(x, len(qs)).reshape(qs.shape) for x in (cotangent, out))
-    sums = _chunked(log_sums, len(qs)).reshape(qs.shape[:-1])
+    sums = _chunked(logsumexp, len(qs)).reshape(qs.shape[:-1])
     sums = jnp.moveaxis(sums, 2, -1)[..., None]
     # Σ_s weight · (its cotangent): what the softmax's Jacobian takes off each score of a row.
     means = (cotangents.astype(jnp.float32) * outs.astype(jnp.float32)).sum(axis=-1)
@@ -120,16 +120,16 @@ def attention_backward(
 def _forward_rule(
     config: DecoderConfig, *inputs: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    out, log_sums = attention(config, *inputs)
-    return (out, log_sums), (*inputs, out, log_sums)
+    out, logsumexp = attention(config, *inputs)
+    return (out, logsumexp), (*inputs, out, logsumexp)
 
 
 def _backward_rule(
     config: DecoderConfig, kept: tuple[Any, ...], cotangents: tuple[Array, Array]
 ) -> tuple[Array | None, ...]:
-    q, k, v, rope, window, out, log_sums = kept
+    q, k, v, rope, window, out, logsumexp = kept
     inputs = (q, k, v, rope, jnp.asarray(window))  # a literal comes back as a NumPy scalar
-    return *attention_backward(config, *inputs, out, log_sums, cotangents[0]), None, None
+    return *attention_backward(config, *inputs, out, logsumexp, cotangents[0]), None, None
 
 
 attention.defvjp(_forward_rule, _backward_rule)

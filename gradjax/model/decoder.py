@@ -17,16 +17,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gradjax import sharding
-from gradjax.model import layers
+from gradjax.model import layers, parallel
 from gradjax.model.attention import attention
 from gradjax.model.config import DecoderConfig
-from gradjax.model.parameters import (
-    Parameter,
-    all_parameters,
-    block_parameters,
-    model_parameters,
+from gradjax.model.parallel import (
+    Matrix,
+    from_stream,
+    own_columns,
+    own_examples,
+    to_stream,
+    weight_sharding,
 )
-from gradjax.sharding import Matrix, from_stream, own_columns, own_examples, to_stream
+from gradjax.model.parameters import Parameter, all_parameters, block_parameters, model_parameters
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -92,7 +94,7 @@ def random_decoder(
             weight = (parameter.std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
         else:
             weight = jnp.full(shape, parameter.mean, dtype)
-        placed = sharding.weight_sharding(mesh, config, parameter)
+        placed = weight_sharding(mesh, config, parameter)
         return jax.lax.with_sharding_constraint(weight, placed)
 
     # Layers of one kind differ in the key alone: each kind is compiled once.
@@ -119,7 +121,7 @@ class BlockActivations(NamedTuple):
     k: Float[Array, "B T C"]
     v: Float[Array, "B T C"]
     attended: Float[Array, "B T Q"]  # the input of o
-    log_sums: Float[Array, "B T N"]  # of the softmax, float32
+    logsumexp: Float[Array, "B T N"]  # of the softmax, float32
     attention_out: Float[Array, "B T D"]  # output of o, before any post-norm
     middle: Float[Array, "B T D"]  # the stream between attention and MLP
     # Of all examples of the tensor group where F is split.
@@ -152,7 +154,7 @@ def bias(config: DecoderConfig, block: Block, name: str) -> Array | float:
 
 def matrix(config: DecoderConfig, block: Block, name: str) -> Matrix:
     """One of a block's `MATRICES`, for use on the device."""
-    return sharding.matrix(getattr(block, name)[...], block_parameters(config, 0)[name], config)
+    return parallel.matrix(getattr(block, name)[...], block_parameters(config, 0)[name], config)
 
 
 def block_forward(
@@ -174,7 +176,7 @@ def block_forward(
         own_examples(y, matrices[name]) + bias(config, block, name)
         for name, y in zip("qkv", heads, strict=True)
     )
-    attended, log_sums = attention(config, q, k, v, rope, window)
+    attended, logsumexp = attention(config, q, k, v, rope, window)
     o = matrices["o"]
     attention_out = to_stream((own_columns(attended, o), o))
     middle = x + post_norm(config, attention_out, block, "attention_post_norm")
@@ -184,7 +186,7 @@ def block_forward(
     mlp_out = to_stream((layers.gated(config, gate, up), matrices["down"]))
     out = middle + post_norm(config, mlp_out, block, "mlp_post_norm")
     kept = BlockActivations(
-        x, q, k, v, attended, log_sums, attention_out, middle, gate, up, mlp_out
+        x, q, k, v, attended, logsumexp, attention_out, middle, gate, up, mlp_out
     )
     return out, kept
 

@@ -23,7 +23,7 @@ from gradjax.report.length import (
     match,
     matched_effect,
 )
-from gradjax.report.values import ALL, KEY, RunValues, example_values
+from gradjax.storage.results import ALL, KEY, RunValues, example_values
 
 COLUMNS = [
     *("comparison", "statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap"),

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from gradjax.places import whole_file
-from gradjax.report.values import ALL, KEY, RunValues, example_values
-from gradjax.store import read_table
+from gradjax.storage.filesystem import whole_file
+from gradjax.storage.results import ALL, KEY, RunValues, example_values
+from gradjax.storage.store import read_table
 from gradjax.structs import PROJECTIONS
 
 MOST_POINTS = 2_000  # of a group in a scatter plot
@@ -50,7 +50,7 @@ def layer_curves(run: RunValues, high: str, low: str, statistic: str) -> Figure:
     One panel per projection; nuclear norms share one scale. Missing numbers are left out.
 
     Args:
-      statistic: one of `gradjax.report.values.SPECTRAL`.
+      statistic: one of `gradjax.storage.results.SPECTRAL`.
 
     Raises:
       GradjaxError: if a group is missing or has no `ok` row.
@@ -156,7 +156,7 @@ def models(runs: Sequence[RunValues], high: str, low: str, statistic: str) -> Fi
     which models differ by orders of magnitude, share one logarithmic scale.
 
     Args:
-      statistic: one of `gradjax.report.values.SPECTRAL`.
+      statistic: one of `gradjax.storage.results.SPECTRAL`.
 
     Raises:
       GradjaxError: if a run lacks a group or has no `ok` row of it.

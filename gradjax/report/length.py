@@ -68,7 +68,7 @@ class Effect:
     error: float  # standard error of `log_ratio`
     gap: float  # what the factor makes of a typical row of low, in the statistic's units
     gap_error: float  # its standard error, the typical row's included (delta method)
-    freedom: float  # degrees of freedom of their Student's t
+    degrees_of_freedom: float  # of their Student's t
     spread: float  # standard deviation of a row's log statistic at a given length
     prompts_apart: float  # standard deviations between the groups' log prompt tokens
 
@@ -90,7 +90,7 @@ class Effect:
         return "no" if -most < low and high < most else "undecided"
 
     def _quantile(self, level: float) -> float:
-        return float(stats.t.ppf(1 - level / 2, self.freedom))
+        return float(stats.t.ppf(1 - level / 2, self.degrees_of_freedom))
 
 
 def match(
@@ -162,7 +162,7 @@ def matched_effect(
         error=float(np.linalg.norm(moves)),
         gap=typical * float(np.expm1(ratio)),
         gap_error=typical * float(np.linalg.norm(gap_moves)),
-        freedom=float(fit.df_resid),
+        degrees_of_freedom=float(fit.df_resid),
         spread=float(np.sqrt(fit.ssr / fit.df_resid / 2)),  # a pair has the variance of two rows
         prompts_apart=standard_difference(logs_high[i, 1], logs_low[j, 1]),
     )

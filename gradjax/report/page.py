@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from jinja2.utils import htmlsafe_json_dumps
 
-from gradjax.places import whole_file
+from gradjax.storage.filesystem import whole_file
 
 PAGE_BYTES = 14_000_000  # what texts are cut for
 MOST_EXAMPLES = 10_000  # rows listed

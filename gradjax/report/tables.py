@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from gradjax.report.values import ALL, RunValues, example_values
+from gradjax.storage.results import ALL, RunValues, example_values
 
 SPECTRA = {"nuclear_norm": "Nuclear norm", "effective_rank": "Effective rank"}
 _ORDER = ("k", "q", "v", "o")  # of the paper's tables

@@ -10,15 +10,15 @@ import pandas as pd
 from absl import logging
 from matplotlib.figure import Figure
 
+from gradjax.config import as_directory
 from gradjax.errors import GradjaxError
-from gradjax.places import as_directory
 from gradjax.report import figures, tables
 from gradjax.report.compare import COLUMNS, Comparison, adjusted, compare, sentence
 from gradjax.report.length import RULE
 from gradjax.report.page import FigureImage, Page, Table, write_page
 from gradjax.report.published import SOURCE, beside, published
-from gradjax.report.values import ALL, KEY, RunValues, example_values, read_values
-from gradjax.store import read_table
+from gradjax.storage.results import ALL, KEY, RunValues, example_values, read_values
+from gradjax.storage.store import read_table
 
 _OUTLIERS = 20  # rows shown per statistic
 _OUTLYING = 8  # median absolute deviations from where a row counts as one

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-from gradjax.config import SpectraConfig
+from gradjax.config import SpectraConfig, as_directory
 from gradjax.errors import GradjaxError
-from gradjax.places import as_directory
-from gradjax.structs import PROJECTIONS, Projection
+from gradjax.structs import PROJECTIONS, Projection, Status
 
 MANIFEST = "score.json"  # beside scores/
 # What is computed together, and the columns of scores/ that come of it.
@@ -112,3 +111,12 @@ class ScoreConfig:
                     f"--{name}={getattr(self, name)}: expected with one judged metric, "
                     f"{' or '.join(JUDGED)}, found {', '.join(judged) or 'none'}"
                 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One row's numbers of one family of metrics."""
+
+    values: dict[str, float | None]  # by column of scores/; None where undefined, never 0
+    status: Status = "ok"
+    reason: str = ""  # why a value is None

@@ -6,14 +6,13 @@ the environment each time that it is needed, and goes nowhere but into the reque
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -22,13 +21,13 @@ import openai
 from absl import logging
 
 from gradjax.errors import GradjaxError
+from gradjax.score.answers import keep, open_cache
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer that cannot be used comes again word for word at temperature 0.
 _TEMPERATURES = (0.0, 0.7, 0.7)
 # So many requests in a row without an answer are the endpoint's fault, not that of the rows.
 _GIVE_UP_AFTER = 20
-_CUSTOM_ID = re.compile("([a-z]+)-([0-9a-f]{32})")
 
 T = TypeVar("T")
 
@@ -258,72 +257,6 @@ def content_of(reply: object) -> str | Failure:
 def unparsable(content: str) -> Failure:
     """What an answer is called that says nothing of what was asked for."""
     return Failure(f"unparsable: {shorten(content)}", answered=True)
-
-
-@contextlib.contextmanager
-def open_cache(path: Path, read_only: bool = False) -> Iterator[sqlite3.Connection]:
-    """The cache, each statement of which is a transaction of its own.
-
-    Raises:
-      GradjaxError: if the file cannot be used.
-    """
-    # To read a cache that is not there is no reason to make one.
-    mode = "rwc"
-    if read_only:
-        mode = "ro" if path.exists() else "memory"
-    file = f"{path.absolute().as_uri()}?mode={mode}"
-    try:
-        # Another process may be writing.
-        connection = sqlite3.connect(file, timeout=60, isolation_level=None, uri=True)
-        with contextlib.closing(connection) as cache:
-            if mode != "ro":
-                cache.execute(
-                    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, content TEXT)"
-                )
-            yield cache
-    except sqlite3.Error as error:
-        raise GradjaxError(
-            f"the judge's answers cannot be kept in {path} ({error}): free the disk, give another "
-            "--output_dir, or remove the file if it is damaged"
-        ) from error
-
-
-def keep(cache: sqlite3.Connection, key: str, content: str) -> None:
-    """Puts an answer into the cache; it is on disk on return."""
-    cache.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", [key, content])
-
-
-def batch_line(judge: Judge, label: str, prompt: str) -> str:
-    """A line of a Batch-API file. `label`: letters that come back with the answer."""
-    return json.dumps(
-        {
-            "custom_id": f"{label}-{judge.key(prompt)}",
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": judge.body(prompt),
-        }
-    )
-
-
-def batch_answer(line: bytes) -> tuple[str, str, str | Failure]:
-    """(Label, key, answer) in a line of a Batch API's results, whatever it holds."""
-    try:
-        result = json.loads(line)
-    except (ValueError, RecursionError):
-        return "", "", Failure(f"not JSON: {shorten(line)}", answered=False)
-    match result:
-        case {"custom_id": str(name)} if found := _CUSTOM_ID.fullmatch(name):
-            label, key = found.groups()
-        case _:
-            return "", "", Failure(f"no custom_id of gradjax: {shorten(result)}", answered=False)
-    match result:
-        case {"error": error} if error:
-            return label, key, Failure(shorten(error), answered=False)
-        case {"response": {"status_code": 200, "body": body}}:
-            return label, key, content_of(body)
-        case {"response": {"status_code": status, "body": {"error": {"message": said}}}}:
-            return label, key, Failure(f"HTTP {status}: {shorten(said)}", answered=False)
-    return label, key, Failure(f"no response: {shorten(result)}", answered=False)
 
 
 def shorten(said: object) -> str:

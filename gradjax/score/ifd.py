@@ -17,13 +17,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradjax.config import TokenSettings
+from gradjax.config import TokenConfig
 from gradjax.data.examples import is_single_turn
 from gradjax.data.tokens import tokenize
 from gradjax.errors import GradjaxError
-from gradjax.score.config import FAMILIES
-from gradjax.score.losses import LanguageModel, mean_losses
-from gradjax.score.structs import Score
+from gradjax.score.config import FAMILIES, Score
+from gradjax.score.language_model import LanguageModel, mean_losses
 from gradjax.structs import Example, TokenizedExample
 
 _IFD_COLUMNS, _PERPLEXITY_COLUMNS = FAMILIES["ifd"], FAMILIES["perplexity"]
@@ -81,7 +80,7 @@ def _with_instruction(
             f"--max_length={max_length}: {model.name} takes at most {model.window} tokens: give "
             "that or less."
         )
-    settings = TokenSettings(max_length=max_length or model.window)
+    settings = TokenConfig(max_length=max_length or model.window)
     whole = [tokenize(example, model.tokenizer, settings) for example in examples]
     for i, example in enumerate(examples):
         if example.status == "ok" and not is_single_turn(example.messages):

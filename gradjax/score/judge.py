@@ -14,18 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradjax.errors import GradjaxError
-from gradjax.places import whole_file
-from gradjax.score.config import JudgedMetric
-from gradjax.score.endpoint import (
-    Failure,
-    Judge,
-    batch_answer,
-    batch_line,
-    keep,
-    open_cache,
-    unparsable,
-)
-from gradjax.score.structs import Score
+from gradjax.score.answers import open_cache
+from gradjax.score.config import JudgedMetric, Score
+from gradjax.score.endpoint import Failure, Judge
 from gradjax.structs import Example
 
 PLACEHOLDER = "{instruction}"
@@ -59,19 +50,19 @@ def score_instag(judge: Judge, examples: Sequence[Example]) -> list[Score]:
     Raises:
       GradjaxError: as `Judge.ask` does.
     """
-    tags = judge.ask([*_prompts(judge, "instag", examples)], parse_tags)
+    tags = judge.ask([*prompts_of(judge, "instag", examples)], parse_tags)
     return [_score("instag", answer, len) for answer in tags]
 
 
 def score_difficulty(judge: Judge, examples: Sequence[Example]) -> list[Score]:
     """The column `difficulty`: the judge's rating from 1 to 10. See `score_instag`."""
-    ratings = judge.ask([*_prompts(judge, "difficulty", examples)], parse_difficulty)
+    ratings = judge.ask([*prompts_of(judge, "difficulty", examples)], parse_difficulty)
     return [_score("difficulty", answer, float) for answer in ratings]
 
 
 def judged_tags(judge: Judge, examples: Sequence[Example]) -> list[list[str] | None]:
     """The tags behind `instag`, from the cache alone; None for a row without."""
-    prompts = _prompts(judge, "instag", examples)
+    prompts = prompts_of(judge, "instag", examples)
     with open_cache(judge.cache, read_only=True) as cache:
         return [judge.cached(cache, prompt, parse_tags) for prompt in prompts]
 
@@ -157,69 +148,15 @@ class JudgePlan:
 
 def plan_judging(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> JudgePlan:
     """What a metric would ask of the endpoint; asks and writes nothing."""
-    prompts = _prompts(judge, metric, examples)
+    prompts = prompts_of(judge, metric, examples)
     cached, missing = 0, {}
     with open_cache(judge.cache, read_only=True) as cache:
         for prompt in prompts:
-            if judge.cached(cache, prompt, _PARSERS[metric]) is None:
+            if judge.cached(cache, prompt, PARSERS[metric]) is None:
                 missing[judge.key(prompt)] = len(prompt)
             else:
                 cached += 1
     return JudgePlan(metric, len(examples), cached, len(missing), sum(missing.values()))
-
-
-def batch_lines(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
-    """Lines of a Batch-API file: a metric's requests whose answers are not in the cache."""
-    seen = set()
-    with open_cache(judge.cache, read_only=True) as cache:
-        for prompt in _prompts(judge, metric, examples):
-            key = judge.key(prompt)
-            if key not in seen and judge.cached(cache, prompt, _PARSERS[metric]) is None:
-                seen.add(key)
-                yield batch_line(judge, metric, prompt)
-
-
-def write_batch(path: str | Path, lines: Iterable[str]) -> None:
-    """Makes or replaces a file of lines, at once.
-
-    Raises:
-      GradjaxError: if it cannot be written.
-    """
-    with whole_file(Path(path).expanduser(), "judge_batch") as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def read_batch_results(judge: Judge, path: str | Path) -> tuple[int, list[str]]:
-    """Puts the answers of a Batch-API results file into the cache.
-
-    Returns:
-      How many there were, and of each other line its number, its request and its fault.
-
-    Raises:
-      GradjaxError: if the file cannot be read, or the cache not be written.
-    """
-    kept, faults = 0, []
-    try:
-        lines = Path(path).expanduser().read_bytes().splitlines()
-    except OSError as error:
-        raise GradjaxError(
-            f"--judge_batch_results={path} cannot be read ({error.strerror}): give the results "
-            "file of the batch"
-        ) from error
-    with open_cache(judge.cache) as cache:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            metric, key, content = batch_answer(line)
-            parse = _PARSERS.get(metric)
-            if isinstance(content, str) and (not parse or parse(content) is None):
-                content = unparsable(content)
-            if isinstance(content, Failure):
-                faults.append(f"{path} line {number} ({metric} {key}): {content.reason}")
-            else:
-                keep(cache, key, content)
-                kept += 1
-    return kept, faults
 
 
 def own_prompt(metric: JudgedMetric) -> str:
@@ -227,13 +164,14 @@ def own_prompt(metric: JudgedMetric) -> str:
     return (Path(__file__).parent / "prompts" / f"{metric}.txt").read_text(encoding="utf-8")
 
 
-def _prompts(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
+def prompts_of(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
+    """What the judge is asked about each example."""
     prompt = own_prompt(metric) if judge.prompt is None else judge.prompt
     # One pass: what a row holds is not looked into, not even for the placeholder.
     return (prompt.replace(PLACEHOLDER, example.instruction) for example in examples)
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {"instag": parse_tags, "difficulty": parse_difficulty}
+PARSERS: dict[str, Callable[[str], Any]] = {"instag": parse_tags, "difficulty": parse_difficulty}
 
 
 def _score(column: JudgedMetric, answer: T | Failure, value: Callable[[T], float]) -> Score:

@@ -17,16 +17,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerFast
 
-from gradjax.compute import check_vocabulary
+from gradjax.checkpoints.pretrained import load_weights
+from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.data.batches import make_batch
 from gradjax.data.examples import to_example
-from gradjax.data.tokens import tokenize_conversation
+from gradjax.data.tokens import check_vocabulary, tokenize_conversation
 from gradjax.errors import GradjaxError
 from gradjax.model.decoder import Decoder, hidden_states, project_logits
-from gradjax.model.pretrained import load_weights
-from gradjax.model.registry import load_tokenizer, resolve
-from gradjax.score.losses import memory_faults, recurring_batches
-from gradjax.score.structs import Score
+from gradjax.score.config import Score
+from gradjax.score.language_model import memory_faults, recurring_batches
 from gradjax.structs import Example, TokenBatch, TokenizedExample
 
 _PROBE = to_example({"instruction": "question", "output": "answer"}, group="", example_id=0)
@@ -84,15 +83,15 @@ def score_reward(model: RewardModel, examples: Sequence[Example]) -> list[Score]
         _within(config.max_positions, tokenize_conversation(example, model.tokenizer))
         for example in examples
     ]
-    check_vocabulary(tokenized, config)
+    check_vocabulary(tokenized, config.vocab_size)
     scores = [Score({"reward": None}, row.status, row.reason) for row in tokenized]
     usable = [i for i, row in enumerate(tokenized) if row.status == "ok"]
     rows = [tokenized[i] for i in usable]
-    for plan in recurring_batches([row.num_tokens for row in rows]):
-        batch = make_batch(plan, rows)
+    for spec in recurring_batches([row.num_tokens for row in rows]):
+        batch = make_batch(spec, rows)
         with memory_faults(batch, "the reward model"):
             rewards = _batch_rewards(model.decoder, batch)
-        for row, reward in zip(plan.rows, rewards.tolist(), strict=False):  # filler comes last
+        for row, reward in zip(spec.rows, rewards.tolist(), strict=False):  # filler comes last
             scores[usable[row]] = _score(reward)
     return scores
 

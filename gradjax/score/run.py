@@ -17,28 +17,29 @@ import pyarrow.parquet as pq
 from absl import logging
 from tqdm import tqdm
 
-import gradjax
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
+from gradjax.device import keep_compiled_programs
 from gradjax.errors import GradjaxError
-from gradjax.places import LocalPlace, RemotePlace, open_place
-from gradjax.report.values import KEY
-from gradjax.run import keep_compiled_programs
-from gradjax.score.config import FAMILIES, JUDGED, MANIFEST, METRICS, JudgedMetric, ScoreConfig
-from gradjax.score.endpoint import Judge
-from gradjax.score.families import Family, asked_families, make_judge
-from gradjax.score.free import run_scores
-from gradjax.score.judge import (
-    batch_lines,
-    judged_tags,
-    plan_judging,
-    read_batch_results,
-    tag_coverage,
-    write_batch,
+from gradjax.score.batch_api import batch_lines, read_batch_results, write_batch
+from gradjax.score.config import (
+    FAMILIES,
+    JUDGED,
+    MANIFEST,
+    METRICS,
+    JudgedMetric,
+    Score,
+    ScoreConfig,
 )
-from gradjax.score.structs import Score
-from gradjax.store import read_manifest
+from gradjax.score.endpoint import Judge
+from gradjax.score.gradients import run_scores
+from gradjax.score.judge import judged_tags, plan_judging, tag_coverage
+from gradjax.score.metrics import Family, asked_families, make_judge
+from gradjax.storage.filesystem import LocalPlace, RemotePlace, open_place
+from gradjax.storage.results import KEY
+from gradjax.storage.store import read_manifest
 from gradjax.structs import Example
+from gradjax.version import __version__
 
 TABLE = "scores/000000.parquet"
 RUN = "run"  # the family of what a run of gradjax.main measured
@@ -248,7 +249,7 @@ def _prepare(
         "data": data,
         "families": before | settings,
         "flags": flags,
-        "versions": {"gradjax": gradjax.__version__},
+        "versions": {"gradjax": __version__},
     }
     place.put(MANIFEST, _json(manifest))
     place.make_folders(["scores", "parts", *(f"parts/{name}" for name in manifest["families"])])

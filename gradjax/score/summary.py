@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from gradjax.report.values import KEY
 from gradjax.score.run import read_scores, read_tags
+from gradjax.storage.results import KEY
 
 _QUARTILES = ("min", "25 %", "median", "75 %", "max")
 _MOST = 12  # kinds of reasons shown

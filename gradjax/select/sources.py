@@ -11,15 +11,16 @@ import pandas as pd
 import pyarrow.dataset as ds
 from absl import logging
 
+from gradjax.config import as_directory
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, parse_data_flags, read_rows
 from gradjax.errors import GradjaxError
-from gradjax.places import LocalPlace, RemotePlace, as_directory, open_place
-from gradjax.report.values import KEY
 from gradjax.score.config import MANIFEST as SCORE_MANIFEST
-from gradjax.score.free import run_scores
-from gradjax.store import MANIFEST as RUN_MANIFEST
-from gradjax.store import read_manifest
+from gradjax.score.gradients import run_scores
+from gradjax.storage.filesystem import LocalPlace, RemotePlace, open_place
+from gradjax.storage.results import KEY
+from gradjax.storage.store import MANIFEST as RUN_MANIFEST
+from gradjax.storage.store import read_manifest
 from gradjax.structs import PROJECTIONS, Example
 
 KEYS = [*KEY, "row_hash"]

@@ -17,11 +17,11 @@ from absl import logging
 
 from gradjax.data.examples import to_example
 from gradjax.errors import GradjaxError
-from gradjax.places import LocalPlace
 from gradjax.select.choose import HIGH, LOW, RANDOM, RANGE, Choice, choose
 from gradjax.select.rule import Rule
 from gradjax.select.sources import KEYS, Scored, chosen_rows, read_scored
 from gradjax.select.summary import format_summary, summarize
+from gradjax.storage.filesystem import LocalPlace
 from gradjax.structs import PROJECTIONS
 
 SUMMARY = "summary.json"

@@ -20,20 +20,14 @@ from gradjax.model.decoder import Decoder
 from gradjax.sharding import EXAMPLES, local_examples, local_slots, place_examples
 from gradjax.spectra import measures
 from gradjax.spectra.decompose import Decompose, Values
-from gradjax.structs import (
-    SAME_LAYER_PAIRS,
-    Projection,
-    Similarity,
-    Spectrum,
-    TokenBatch,
-)
+from gradjax.structs import SAME_LAYER_PAIRS, Projection, Similarity, Spectrum, TokenBatch
 
 # Layers whose spectra may still be in the making: bounds the factors that are alive.
 LAYERS_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class SpectraSettings:
+class BatchConfig:
     """What to measure. `layers` ascending; `decompose` None takes the dense path."""
 
     layers: tuple[int, ...]
@@ -75,7 +69,7 @@ class _Measured:
 
 
 def batch_spectra(
-    model: Decoder, batch: TokenBatch, settings: SpectraSettings
+    model: Decoder, batch: TokenBatch, settings: BatchConfig
 ) -> Callable[[], list[RowSpectra]]:
     """Starts on a batch; the returned call waits for its losses, spectra and cosines.
 
@@ -111,7 +105,7 @@ def batch_spectra(
 
 
 def _factored_layers(
-    model: Decoder, batch: TokenBatch, settings: SpectraSettings
+    model: Decoder, batch: TokenBatch, settings: BatchConfig
 ) -> tuple[jax.Array, Iterator[_Layer]]:
     assert settings.decompose is not None
     decompose, place = settings.decompose, partial(place_examples, model.mesh)
@@ -136,7 +130,7 @@ def _factored_layers(
 
 
 def _dense_layers(
-    model: Decoder, batch: TokenBatch, settings: SpectraSettings
+    model: Decoder, batch: TokenBatch, settings: BatchConfig
 ) -> tuple[jax.Array, Iterator[_Layer]]:
     losses, gradients = dense_gradients(
         model,
@@ -176,7 +170,7 @@ def _rows(
     losses: jax.Array,
     measured: deque[_Measured],
     cosines: list[tuple[Similarity, jax.Array]],
-    settings: SpectraSettings,
+    settings: BatchConfig,
 ) -> list[RowSpectra]:
     """Per-layer arrays over the batch, turned into per-row results."""
     slots = local_slots(mesh, len(batch.lengths))

@@ -71,7 +71,7 @@ def unit_scaled(gradients: Gradients) -> tuple[Gradients, dict[Projection, Float
     return units, scales
 
 
-def _divide_by_largest(x: Float[Array, "B M N"]) -> tuple[Array, Float[Array, " B"]]:
+def _divide_by_largest(x: Float[Array, "B O I"]) -> tuple[Array, Float[Array, " B"]]:
     x = x.astype(jnp.float32)  # a quotient in bfloat16 would be rounded a second time
     largest = jnp.abs(x).max(axis=(1, 2))
     return x / jnp.where(largest > 0, largest, 1)[:, None, None], largest

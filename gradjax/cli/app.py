@@ -13,7 +13,7 @@ from gradjax.errors import GradjaxError
 
 def _worth_saying(record: standard_logging.LogRecord) -> bool:
     """Everything of gradjax; libraries speak up only where something is wrong."""
-    ours = Path(record.pathname).is_relative_to(Path(__file__).parent)
+    ours = Path(record.pathname).is_relative_to(Path(__file__).parent.parent)
     # Orbax warns of what it left out on purpose.
     loud = standard_logging.ERROR if "orbax" in record.pathname else standard_logging.WARNING
     return ours or record.levelno >= loud

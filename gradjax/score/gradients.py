@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from gradjax.errors import GradjaxError
-from gradjax.report.values import KEY, SPECTRAL, read_values
-from gradjax.store import read_table
+from gradjax.storage.results import KEY, SPECTRAL, read_values
+from gradjax.storage.store import read_table
 from gradjax.structs import PROJECTIONS
 
 _STATISTICS = ("frobenius_norm", "spectral_norm", "mean", "max", "min")

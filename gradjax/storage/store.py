@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from gradjax.errors import GradjaxError
-from gradjax.places import LocalPlace, RemotePlace, open_place
+from gradjax.storage.filesystem import LocalPlace, RemotePlace, open_place
 from gradjax.structs import ExampleResult
 
 TABLES: dict[str, pa.Schema] = {

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gradjax.checkpoints.orbax import ORIGIN, read_origin
 from gradjax.errors import GradjaxError
-from gradjax.model.converted import ORIGIN, read_origin
 
 DEMO = "demo"
 _DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"

@@ -12,15 +12,15 @@ from absl import logging
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.orbax import ORIGIN, load_converted, write_converted
+from gradjax.checkpoints.resolve import Checkpoint, load_tokenizer, resolve
+from gradjax.checkpoints.safetensors import load_decoder, stored_dtype, weights_hash
 from gradjax.device import device_memory
 from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.model.config import DecoderConfig
-from gradjax.model.converted import ORIGIN, load_converted, write_converted
 from gradjax.model.decoder import Decoder, random_decoder
-from gradjax.model.hf_config import read_config
-from gradjax.model.loading import load_decoder, stored_dtype, weights_hash
 from gradjax.model.parameters import all_parameters
-from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import TextIO
 import fsspec
 from absl import logging
 
+from gradjax.config import as_directory
 from gradjax.errors import GradjaxError
 
 # A lock object says by being renewed that its process lives. A process that could not renew it
@@ -30,15 +31,6 @@ _RENEW_SECONDS = 15.0
 _LOST_SECONDS = 45.0
 _DEAD_SECONDS = 60.0
 _WORK = ".tmp"
-
-
-def as_directory(directory: str | Path) -> str | Path:
-    """What a user gave as a directory: a URL as it is, a path with its `~` expanded."""
-    if isinstance(directory, str):
-        directory = directory.removeprefix("file://")
-        if "://" in directory:
-            return directory.rstrip("/")
-    return Path(directory).expanduser()
 
 
 def open_place(directory: str | Path) -> "LocalPlace | RemotePlace":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradjax.config import SpectraConfig
-from gradjax.data.batches import BatchPlan
+from gradjax.data.batches import BatchSpec
 from gradjax.device import device_memory
 from gradjax.errors import GradjaxError
 from gradjax.gradients.factored import HEAD_CHUNK, activation_bytes
@@ -52,7 +52,7 @@ class Memory:
 class Plan:
     """How a run goes on its devices. Tokens are padded ones where not said otherwise."""
 
-    batches: tuple[BatchPlan, ...]
+    batches: tuple[BatchSpec, ...]
     rows: int
     tokens: int  # of the rows themselves
     mesh: dict[str, int]
@@ -71,7 +71,7 @@ def make_plan(
     model: DecoderConfig,
     config: SpectraConfig,
     tokenized: Sequence[TokenizedExample],
-    batches: Sequence[BatchPlan],
+    batches: Sequence[BatchSpec],
     dtype: str,
     mesh: dict[str, int],
 ) -> Plan:
@@ -117,7 +117,7 @@ def weight_bytes(model: DecoderConfig, itemsize: int, mesh: dict[str, int]) -> i
 def fitting_memory(
     model: DecoderConfig,
     config: SpectraConfig,
-    batch: BatchPlan,
+    batch: BatchSpec,
     itemsize: int,
     mesh: dict[str, int],
 ) -> tuple[Memory, bool]:
@@ -133,7 +133,7 @@ def fitting_memory(
 def batch_memory(
     model: DecoderConfig,
     config: SpectraConfig,
-    batch: BatchPlan,
+    batch: BatchSpec,
     itemsize: int,
     mesh: dict[str, int],
     *,
@@ -184,7 +184,7 @@ def batch_memory(
 
 
 def batch_flops(
-    model: DecoderConfig, config: SpectraConfig, batch: BatchPlan, keeps_activations: bool
+    model: DecoderConfig, config: SpectraConfig, batch: BatchSpec, keeps_activations: bool
 ) -> float:
     """Multiplications and additions of a batch's passes, without the output head's.
 
@@ -330,5 +330,5 @@ def _parts(
     model: DecoderConfig, parameter: Parameter, mesh: dict[str, int], along: Sequence[str]
 ) -> int:
     """How many parts some mesh axes split a weight into."""
-    axes = split_axes(mesh, model, parameter)
+    axes = split_axes(mesh, parameter.axes, parameter.shape(model))
     return math.prod(mesh[axis] for axis in axes if axis and axis in along)

@@ -16,12 +16,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-import gradjax
 from gradjax import sharding
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
+from gradjax.model.parallel import weight_sharding
 from gradjax.model.parameters import all_parameters
+from gradjax.version import __version__
 
 ORIGIN = "gradjax.json"
 _WEIGHTS = "weights"
@@ -41,7 +42,7 @@ def write_converted(
     weights = {path: _leaf(decoder, path) for path in all_parameters(decoder.config)}
     with _checkpointer() as checkpointer:
         checkpointer.save(directory.absolute() / _WEIGHTS, weights)
-    text = json.dumps({"gradjax": gradjax.__version__, **origin}, indent=2)
+    text = json.dumps({"gradjax": __version__, **origin}, indent=2)
     (directory / ORIGIN).write_text(text + "\n", encoding="utf-8")
 
 
@@ -78,7 +79,7 @@ def load_converted(
         path: jax.ShapeDtypeStruct(
             parameter.shape(config),
             jnp.dtype(dtype),
-            sharding=sharding.weight_sharding(mesh, config, parameter),
+            sharding=weight_sharding(mesh, config, parameter),
         )
         for path, parameter in all_parameters(config).items()
     }

@@ -24,8 +24,8 @@ from gradjax import sharding
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
+from gradjax.model.parallel import weight_sharding
 from gradjax.model.parameters import all_parameters
-from gradjax.sharding import weight_sharding
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"

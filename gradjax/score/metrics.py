@@ -9,20 +9,19 @@ from typing import Any, cast
 
 from absl import logging
 
+from gradjax.checkpoints.pretrained import identity
+from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.errors import GradjaxError
-from gradjax.model.pretrained import identity
-from gradjax.model.registry import load_tokenizer, resolve
-from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, ScoreConfig
+from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, Score, ScoreConfig
 from gradjax.score.endpoint import Judge
 from gradjax.score.ifd import score_ifd, score_perplexity
 from gradjax.score.judge import own_prompt, read_prompt, score_difficulty, score_instag
-from gradjax.score.losses import (
+from gradjax.score.language_model import (
     language_window,
     load_language_model,
     resolve_language_model,
 )
 from gradjax.score.reward import load_reward_model, score_reward
-from gradjax.score.structs import Score
 from gradjax.structs import Example
 
 Scorer = Callable[[Sequence[Example]], list[Score]]

@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerFast
 
-from gradjax.compute import default_batch_tokens
-from gradjax.data.batches import BatchPlan, make_batch, plan_batches
-from gradjax.device import device_memory
+from gradjax.checkpoints.gpt2 import is_gpt2, load_gpt2, read_gpt2_config
+from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.pretrained import load_weights
+from gradjax.checkpoints.resolve import Checkpoint, load_tokenizer, resolve
+from gradjax.data.batches import BatchSpec, batch_by_length, make_batch
+from gradjax.device import default_batch_tokens, device_memory
 from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.gradients.factored import HEAD_CHUNK
 from gradjax.model import decoder, gpt2
-from gradjax.model.hf_config import read_config
-from gradjax.model.pretrained import load_weights
-from gradjax.model.registry import Checkpoint, load_tokenizer, resolve
 from gradjax.structs import TokenBatch, TokenizedExample
 
 GPT2 = "gpt2"
@@ -41,13 +41,13 @@ class LanguageModel:
 
 
 def resolve_language_model(name: str, *, weights: bool = True) -> Checkpoint:
-    """The checkpoint of a name as of `load_language_model`; see `registry.resolve`."""
+    """The checkpoint of a name as of `load_language_model`; see `checkpoints.resolve`."""
     return resolve(_GPT2_REPO if name == GPT2 else name, weights=weights, flag="ifd_model")
 
 
 def language_window(directory: Path) -> int:
     """The most tokens that a checkpoint's model takes, by its config.json."""
-    read = gpt2.read_gpt2_config if gpt2.is_gpt2(directory) else read_config
+    read = read_gpt2_config if is_gpt2(directory) else read_config
     return read(directory).max_positions
 
 
@@ -65,8 +65,8 @@ def load_language_model(name: str) -> LanguageModel:
     checkpoint = resolve_language_model(name)
     directory = checkpoint.directory
     tokenizer = load_tokenizer(directory)
-    if gpt2.is_gpt2(directory):
-        weights = gpt2.load_gpt2(directory)
+    if is_gpt2(directory):
+        weights = load_gpt2(directory)
         hidden_states, project_logits = gpt2.hidden_states, gpt2.project_logits
         head = (weights.final_norm[...], weights.final_norm_bias[...], weights.embedding[...])
     else:
@@ -100,8 +100,8 @@ def mean_losses(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> 
     rows = [i for i, sequence in enumerate(sequences) if sequence.targets[1:].any()]
     scored = [sequences[row] for row in rows]
     _check(model, scored)
-    for plan in recurring_batches([sequence.num_tokens for sequence in scored]):
-        means[[rows[i] for i in plan.rows]] = _batch_means(model, make_batch(plan, scored))
+    for spec in recurring_batches([sequence.num_tokens for sequence in scored]):
+        means[[rows[i] for i in spec.rows]] = _batch_means(model, make_batch(spec, scored))
     return means
 
 
@@ -121,10 +121,10 @@ def _check(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> None:
             )
 
 
-def recurring_batches(lengths: Sequence[int]) -> list[BatchPlan]:
+def recurring_batches(lengths: Sequence[int]) -> list[BatchSpec]:
     """Batches of shapes that recur from call to call: each new one costs a compilation."""
-    plans = plan_batches([_round_up(n, 32) for n in lengths], default_batch_tokens())
-    return [dataclasses.replace(plan, size=_round_up(plan.size, 1)) for plan in plans]
+    specs = batch_by_length([_round_up(n, 32) for n in lengths], default_batch_tokens())
+    return [dataclasses.replace(spec, size=_round_up(spec.size, 1)) for spec in specs]
 
 
 def _round_up(n: int, least: int) -> int:

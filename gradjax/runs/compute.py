@@ -1,0 +1,125 @@
+"""Tokenized examples -> results, batch by batch: the loop inside `gradient_spectra` and `main`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+from jax.sharding import Mesh
+
+from gradjax.config import SpectraConfig
+from gradjax.data.batches import BatchSpec, make_batch
+from gradjax.device import device_memory
+from gradjax.errors import GradjaxError, out_of_memory
+from gradjax.gradients.factored import activation_bytes
+from gradjax.model.config import DecoderConfig
+from gradjax.model.decoder import Decoder
+from gradjax.runs.cost import fitting_memory
+from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra
+from gradjax.spectra.decompose import Decompose, decomposer, decomposes_on_host, default_route
+from gradjax.spectra.singular_values import Route
+from gradjax.structs import ExampleResult, TokenizedExample
+
+# Share of the device's memory that the dense path's intermediates may take.
+_INTERMEDIATES_SHARE = 0.25
+
+
+def compute_results(
+    decoder: Decoder,
+    tokenized: Sequence[TokenizedExample],
+    config: SpectraConfig,
+    specs: Sequence[BatchSpec],
+) -> Iterator[list[ExampleResult]]:
+    """Results of the planned examples, one list per batch.
+
+    They are those of this process's devices. While a list is being used, the devices work on the
+    next batch.
+
+    Args:
+      tokenized: what the specs' rows are positions in.
+      specs: of `batch_rows`.
+
+    Raises:
+      GradjaxError: if a batch does not fit the device's memory.
+    """
+    mesh, model = decoder.mesh, decoder.config
+    itemsize = decoder.embedding.dtype.itemsize
+    with _decompose(config, mesh) as decompose:
+        waiting: tuple[BatchSpec, Callable[[], list[RowSpectra]]] | None = None
+        for spec in specs:
+            _, keep_activations = fitting_memory(model, config, spec, itemsize, dict(mesh.shape))
+            settings = BatchConfig(
+                layers=config.layer_numbers(model.num_layers),
+                projections=config.projections,
+                similarity=config.similarity,
+                decompose=decompose,
+                keep_activations=keep_activations,
+                dense_chunk=_dense_chunk(model, spec, mesh.size, itemsize),
+            )
+            with _memory_faults(spec):
+                wait = batch_spectra(decoder, make_batch(spec, tokenized), settings)
+            if waiting:
+                yield _results(*waiting, tokenized)
+            waiting = spec, wait
+        if waiting:
+            yield _results(*waiting, tokenized)
+
+
+def resolved_route(config: SpectraConfig) -> Route:
+    """The route that `auto` stands for on this backend."""
+    if config.spectrum_route == "auto":
+        return default_route(jax.default_backend())
+    return config.spectrum_route
+
+
+@contextmanager
+def _decompose(config: SpectraConfig, mesh: Mesh) -> Iterator[Decompose | None]:
+    """The way to singular values; None for the dense path."""
+    if config.spectrum == "dense":
+        yield None
+        return
+    on_host = decomposes_on_host(mesh.devices.flat[0].platform)
+    with decomposer(resolved_route(config), config.projections, mesh, on_host=on_host) as way:
+        yield way
+
+
+def _results(
+    spec: BatchSpec,
+    wait: Callable[[], list[RowSpectra]],
+    tokenized: Sequence[TokenizedExample],
+) -> list[ExampleResult]:
+    with _memory_faults(spec):
+        rows = wait()
+    return [_result(tokenized[row.row], row) for row in rows]
+
+
+def _result(tokenized: TokenizedExample, row: RowSpectra) -> ExampleResult:
+    if not row.finite:
+        reason = "the loss or a gradient is NaN or infinite although all weights are finite"
+        return ExampleResult(tokenized, "non_finite", reason)
+    return ExampleResult(
+        tokenized, "ok", loss=row.loss, spectra=row.spectra, similarity=row.similarity
+    )
+
+
+@contextmanager
+def _memory_faults(spec: BatchSpec) -> Iterator[None]:
+    """Says what to do about a batch that does not fit; other faults pass."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "--batch_tokens" if spec.size > 1 else "--max_length, or choose --dtype=bfloat16"
+        raise GradjaxError(
+            f"a batch of {spec.size} rows of {spec.length} tokens does not fit the "
+            f"{device_memory() / 2**30:.0f} GiB of this device; lower {remedy}"
+        ) from error
+
+
+def _dense_chunk(config: DecoderConfig, spec: BatchSpec, devices: int, itemsize: int) -> int:
+    """Examples to differentiate at a time: `jax.grad` keeps every intermediate of theirs."""
+    scores = 4 * config.num_heads * spec.length * 4  # per token: float32, and its derivatives
+    per_token = config.num_layers * (3 * activation_bytes(config, itemsize) + scores)
+    per_token += 12 * config.vocab_size
+    fitting = int(_INTERMEDIATES_SHARE * device_memory() / (per_token * spec.length))
+    return min(max(fitting, 1), spec.size // devices)

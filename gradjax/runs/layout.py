@@ -1,0 +1,153 @@
+"""How rows are laid out on devices: the mesh, the batches, and what to do if they do not fit."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from jax.sharding import Mesh
+
+from gradjax.config import RunConfig, SpectraConfig
+from gradjax.data.batches import MULTIPLE, BatchSpec, batch_by_length
+from gradjax.device import (
+    default_batch_tokens,
+    device_memory,
+)
+from gradjax.errors import GradjaxError
+from gradjax.model.config import DecoderConfig
+from gradjax.model.parameters import block_parameters
+from gradjax.runs.cost import (
+    Plan,
+    fits,
+    make_plan,
+)
+from gradjax.runs.inputs import (
+    Inputs,
+)
+from gradjax.sharding import DATA, local_slots, parse_mesh
+from gradjax.structs import TokenizedExample
+
+# Share of the device's memory that whole gradients may take.
+_GRADIENTS_SHARE = 0.15
+
+
+def lay_out(config: RunConfig, inputs: Inputs, devices: int) -> Plan:
+    """The mesh and the batches of a run on so many devices.
+
+    Without `--mesh` it is `data` over all devices where the model fits one of them, else `fsdp`.
+    """
+    if config.mesh:
+        mesh = parse_mesh(config.mesh)
+        if config.spectra.spectrum == "dense" and math.prod(mesh.values()) > mesh[DATA]:
+            raise GradjaxError(
+                f"--mesh={config.mesh}: --spectrum=dense needs all weights on each device; use "
+                f"--mesh=data:{math.prod(mesh.values())}"
+            )
+        return _plan(config, inputs, mesh)
+    chosen = _plan(config, inputs, parse_mesh(f"data:{devices}"))
+    if devices > 1 and not fits(chosen) and config.spectra.spectrum == "factored":
+        return _plan(config, inputs, parse_mesh(f"fsdp:{devices}"))
+    return chosen
+
+
+def remedies(
+    config: RunConfig, inputs: Inputs, mesh: dict[str, int], processes: int = 1
+) -> Iterator[tuple[str, Plan]]:
+    """Flags that make a run need less memory, the least costly first, and the plans they give."""
+    devices = math.prod(mesh.values())
+    tokens = config.batch_tokens or default_batch_tokens()
+    while (tokens := tokens // 2) >= MULTIPLE:
+        changed = dataclasses.replace(config, batch_tokens=tokens)
+        yield f"--batch_tokens={tokens}", _plan(changed, inputs, mesh)
+    one_row = dataclasses.replace(config, batch_tokens=1)
+    yield f"--mesh=fsdp:{devices}", _plan(config, inputs, parse_mesh(f"fsdp:{devices}"))
+    if processes > 1:
+        shared = parse_mesh(f"fsdp:{devices * processes}")
+        yield "--processes=sharded", _plan(config, inputs, shared)
+    narrow = dataclasses.replace(one_row, dtype="bfloat16")
+    yield "--dtype=bfloat16 --batch_tokens=1", _plan(narrow, inputs, mesh)
+    length = config.tokens.max_length
+    while (length := length // 2) >= 512:
+        cut = dataclasses.replace(config.tokens, max_length=length)
+        changed = dataclasses.replace(one_row, tokens=cut)
+        yield f"--max_length={length} --batch_tokens=1", _plan(changed, inputs, mesh)
+
+
+def _plan(config: RunConfig, inputs: Inputs, mesh: dict[str, int]) -> Plan:
+    # The rows were cut at another --max_length where a remedy is tried.
+    longest = -(-config.tokens.max_length // MULTIPLE) * MULTIPLE
+    batches = [
+        dataclasses.replace(batch, length=min(batch.length, longest))
+        for batch in row_batches(config, inputs, math.prod(mesh.values()))
+    ]
+    return make_plan(inputs.model, config.spectra, inputs.tokenized, batches, config.dtype, mesh)
+
+
+def row_batches(
+    config: RunConfig, inputs: Inputs, devices: int, among: Sequence[int] | None = None
+) -> list[BatchSpec]:
+    """The batches of a run's usable rows, or of the positions `among` them."""
+    batch_tokens = config.batch_tokens
+    return batch_rows(inputs.tokenized, config.spectra, inputs.model, batch_tokens, devices, among)
+
+
+def local_rows(mesh: Mesh, batch: BatchSpec) -> list[int]:
+    """The rows of a batch that this process's devices compute."""
+    slots = local_slots(mesh, batch.size)
+    return [batch.rows[slot] for slot in slots if slot < len(batch.rows)]
+
+
+def batch_rows(
+    tokenized: Sequence[TokenizedExample],
+    config: SpectraConfig,
+    model: DecoderConfig,
+    batch_tokens: int | None = None,
+    devices: int = 1,
+    among: Sequence[int] | None = None,
+) -> list[BatchSpec]:
+    """Batches of the `ok` examples; their rows are positions in `tokenized`.
+
+    Args:
+      batch_tokens: padded tokens per batch and device; by backend if None.
+      devices: each has its share of a batch's examples.
+      among: the positions to choose from; all if None.
+    """
+    among = range(len(tokenized)) if among is None else among
+    positions = [i for i in among if tokenized[i].status == "ok"]
+    layers = len(config.layer_numbers(model.num_layers)) if _holds_all_layers(config) else 2
+    specs = batch_by_length(
+        [tokenized[i].num_tokens for i in positions],
+        batch_tokens or default_batch_tokens(),
+        _most_rows(model, layers),
+        devices,
+    )
+    return [
+        dataclasses.replace(spec, rows=tuple(positions[row] for row in spec.rows)) for spec in specs
+    ]
+
+
+def unfinished(
+    batches: Sequence[BatchSpec],
+    finished: Collection[int],
+    batch_among: Callable[[list[int]], list[BatchSpec]],
+) -> list[BatchSpec]:
+    """Batches of the rows that are left.
+
+    A run that was stopped keeps the batches it had, so that its numbers come out the same to
+    the last bit; where they no longer fit (rows were added), the rest is batched anew.
+    """
+    done = frozenset(finished)
+    left = [batch for batch in batches if not done.issuperset(batch.rows)]
+    if any(done.intersection(batch.rows) for batch in left):
+        return batch_among(sorted(i for batch in left for i in batch.rows if i not in done))
+    return left
+
+
+def _holds_all_layers(config: SpectraConfig) -> bool:
+    return config.similarity == "all" or config.spectrum == "dense"
+
+
+def _most_rows(config: DecoderConfig, layers_held: int) -> int:
+    """Examples whose whole float32 gradients of some layers fit their share of the memory."""
+    table = block_parameters(config, layer=0)
+    entries = sum(rows * columns for rows, columns in (table[p].shape(config) for p in "qkvo"))
+    return max(int(_GRADIENTS_SHARE * device_memory() / (4 * entries * layers_held)), 1)

@@ -1,0 +1,89 @@
+"""What comes between computing and the store: an ETA, whole shards, a writer thread of its own."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from absl import logging
+from tqdm import tqdm
+
+from gradjax.config import RunConfig
+from gradjax.storage.store import Store
+from gradjax.structs import ExampleResult, TokenizedExample
+
+# A shard is written when this much work has come together: less is lost when a run is killed,
+# more makes fewer files.
+_FLUSH_SECONDS = 10.0
+
+
+_FLUSH_VALUES = 16_000_000  # singular values held in memory
+
+
+_FLUSH_ROWS = 256  # of a small model, whose values weigh less than the objects around them
+
+
+def append_behind(store: Store, written: Iterator[list[ExampleResult]], config: RunConfig) -> None:
+    """Writes each shard in a thread of its own while the next one is computed."""
+    waited = 0.0
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[None] | None = None
+        for shard in written:
+            if writing:
+                since = time.monotonic()
+                writing.result()
+                waited += time.monotonic() - since
+            writing = writer.submit(
+                store.append, shard, singular_values=config.store_singular_values
+            )
+        if writing:
+            writing.result()
+    logging.info("Computing waited %.2f s for shards being written", waited)
+
+
+def with_progress(
+    results: Iterator[list[ExampleResult]], left: Sequence[TokenizedExample]
+) -> Iterator[list[ExampleResult]]:
+    """Passes results on, with an ETA weighted by tokens: a bar on a terminal, else lines."""
+    tokens = sum(t.num_tokens for t in left)
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=tokens,
+        unit="tok",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5 if terminal else 30,
+        disable=not terminal,
+    ) as bar:
+        start = last = time.monotonic()
+        done = rows = 0
+        for batch in results:
+            done += sum(r.tokenized.num_tokens for r in batch)
+            rows += len(batch)
+            bar.update(sum(r.tokenized.num_tokens for r in batch))
+            now = time.monotonic()
+            if not terminal and done and (now - last > 15 or done == tokens):
+                last = now
+                logging.info(
+                    "%d of %d rows, %.0f %% of tokens, %.0f s left",
+                    rows,
+                    len(left),
+                    100 * done / tokens,
+                    (now - start) * (tokens - done) / done,
+                )
+            yield batch
+
+
+def shards(batches: Iterator[list[ExampleResult]]) -> Iterator[list[ExampleResult]]:
+    """Joins batches of results until they are worth a shard."""
+    held: list[ExampleResult] = []
+    values, since = 0, time.monotonic()
+    for batch in batches:
+        held += batch
+        values += sum(s.singular_values.size for result in batch for s in result.spectra)
+        full = values > _FLUSH_VALUES or len(held) >= _FLUSH_ROWS
+        if full or time.monotonic() - since > _FLUSH_SECONDS:
+            yield held
+            held, values, since = [], 0, time.monotonic()
+    if held:
+        yield held

@@ -1,0 +1,121 @@
+"""A run in the reference format: what the paper's plotting scripts read.
+
+One JSON object per `ok` row, in input order, cosines as whole matrices.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from absl import logging
+
+from gradjax.errors import GradjaxError
+from gradjax.storage.filesystem import whole_file
+from gradjax.storage.store import read_manifest, read_table
+from gradjax.structs import PROJECTIONS
+
+# Examples whose singular values are held at once.
+_CHUNK = 16
+
+
+def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]]:
+    """The `ok` rows of a group as objects of the paper's reference code, in input order.
+
+    Raises:
+      GradjaxError: if there is no such run or group, or the run has no singular values.
+    """
+    manifest = read_manifest(directory)
+    if group not in manifest["data"]:
+        raise GradjaxError(
+            f"--group={group}: {directory} has the groups {', '.join(manifest['data'])}"
+        )
+    if not manifest["settings"]["store_singular_values"]:
+        raise GradjaxError(
+            f"{directory} was run with --nostore_singular_values, and the reference format needs "
+            "them; run it again without that flag"
+        )
+    in_group = pc.field("group") == group
+    examples = read_table(directory, "examples", where=in_group).sort_by("example_id")
+    missing = manifest["data"][group]["rows"] - examples.num_rows
+    if missing:
+        logging.warning("%s is unfinished: %d rows of %s are missing", directory, missing, group)
+    usable = examples.filter(pc.field("status") == "ok").to_pylist()
+    for first in range(0, len(usable), _CHUNK):
+        chunk = usable[first : first + _CHUNK]
+        where = in_group & pc.field("example_id").isin([row["example_id"] for row in chunk])
+        spectra = _by_example(read_table(directory, "spectra", where=where).to_pylist())
+        similarity = _by_example(read_table(directory, "similarity", where=where).to_pylist())
+        for row in chunk:
+            example_id = row["example_id"]
+            yield {
+                "instruction": row["instruction"],
+                "output": row["output"],
+                "loss": row["loss"],
+                **_matrices(spectra[example_id], manifest["gradient_shapes"]),
+                **_cosines(similarity.get(example_id, []), manifest["settings"]),
+            }
+
+
+def _by_example(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    grouped: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault(row["example_id"], []).append(row)
+    return grouped
+
+
+def _matrices(spectra: list[dict[str, Any]], shapes: dict[str, list[int]]) -> dict[str, Any]:
+    matrices = {}
+    for row in spectra:
+        values = row["singular_values"]
+        tail = [0.0] * (min(shapes[row["projection"]]) - len(values))
+        matrices[f"model.layers.{row['layer']}.self_attn.{row['projection']}_proj.weight"] = {
+            "M_mean": row["mean"],
+            "M_max": row["max"],
+            "M_min": row["min"],
+            "frobenius_norm": row["frobenius_norm"],
+            "S_list": values + tail,
+        }
+    return matrices
+
+
+def _cosines(similarity: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    layers = settings["layers"]
+    position = {layer: i for i, layer in enumerate(layers)}
+    across = {
+        projection: [[1.0 if a == b else None for b in layers] for a in layers]
+        for projection in PROJECTIONS
+        if projection in settings["projections"]
+    }
+    within: dict[str, dict[str, Any]] = {}
+    for row in similarity:
+        a, b = row["layer_a"], row["layer_b"]
+        if row["kind"] == "same_layer":
+            first, second = row["projection"].split("-")
+            within.setdefault(str(a), {})[f"{first}_proj_x_{second}_proj"] = row["cosine"]
+        else:
+            matrix = across[row["projection"]]
+            matrix[position[a]][position[b]] = row["cosine"]
+            matrix[position[b]][position[a]] = row["cosine"]
+    return {
+        "cosine_sim": {
+            f"{projection}_proj": {"layer_indices": layers, "matrix": matrix}
+            for projection, matrix in across.items()
+        },
+        "cosine_sim_qkvo": within,
+    }
+
+
+def export(directory: str | Path, group: str, output: Path) -> int:
+    """Writes `reference_rows` as JSON lines, the whole file or none; returns their number.
+
+    Raises:
+      GradjaxError: as `reference_rows`, or if the file cannot be written.
+    """
+    count = 0
+    with whole_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in reference_rows(directory, group):
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
