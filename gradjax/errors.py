@@ -13,3 +13,28 @@ class GradjaxError(Exception):
 def out_of_memory(error: Exception) -> bool:
     """Whether an exception of JAX or Python says that memory ran out."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+# What only an extra of the package installs, by the name that is imported.
+_EXTRAS = {
+    "matplotlib": "report",
+    "scipy": "report",
+    "statsmodels": "report",
+    "tabulate": "report",
+    "openai": "score",
+    "datasets": "data",
+    "gcsfs": "cloud",
+    "s3fs": "cloud",
+}
+
+
+def missing_extra(error: ImportError) -> GradjaxError | None:
+    """What to say of a package that only an extra installs; None for any other import error."""
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(package)
+    if extra is None:
+        return None
+    return GradjaxError(
+        f"this needs {package}, which is not installed; install it with "
+        f"pip install 'gradjax[{extra}]'"
+    )

@@ -26,7 +26,13 @@ import pytest  # noqa: E402
 
 # Where arrays are. Elsewhere tests hand over wrong types on purpose.
 jaxtyping.install_import_hook(
-    ["gradjax.gradients", "gradjax.model", "gradjax.sharding", "gradjax.spectra"],
+    [
+        "gradjax.checkpoints",
+        "gradjax.gradients",
+        "gradjax.model",
+        "gradjax.sharding",
+        "gradjax.spectra",
+    ],
     "beartype.beartype",
 )
 

@@ -82,7 +82,7 @@ def test_object_store(bucket, tmp_path, monkeypatch):
 def test_killed_conversion_is_not_taken(tmp_path):
     source = save_checkpoint(make_hf_model("qwen2", seed=5), tmp_path / "source")
     output = tmp_path / "converted"
-    code = "import sys, time; from gradjax.model import converted\n"
+    code = "import sys, time; from gradjax.checkpoints import orbax as converted\n"
     code += "converted._leaf = lambda *_: time.sleep(60)\n"
     code += "from gradjax.checkpoints.pretrained import convert; convert(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(source), str(output)]

@@ -120,11 +120,11 @@ for line in sys.stdin:
         getattr(module, config, lambda: None)()
 """
 MODULES = {
-    "prepare": "gradjax.prepare",
-    "score": "gradjax.score.__main__",
-    "select": "gradjax.select.__main__",
-    "main": "gradjax.main",
-    "report": "gradjax.report.__main__",
+    "prepare": "gradjax.cli.prepare",
+    "score": "gradjax.cli.score",
+    "select": "gradjax.cli.select",
+    "main": "gradjax.cli.spectra",
+    "report": "gradjax.cli.report",
 }
 
 

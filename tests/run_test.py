@@ -32,9 +32,10 @@ SMALL = SpectraConfig(layers="2-3")
 # A process that writes a shard per batch, so that it can be stopped between two.
 MAIN = """
 import sys
-from gradjax import main, program, run
-run._FLUSH_SECONDS = 0
-program.start(main.main)
+from gradjax.cli import app, spectra
+from gradjax.runs import progress
+progress._FLUSH_SECONDS = 0
+app.start(spectra.main)
 """
 SMALL_FILES = """
 import resource
