@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.memory import PeakMemory, anonymous_memory
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
+from gradjax.gradients.causality import Contributing
 from gradjax.gradients.factored import attention_gradients
 from gradjax.model import decoder as model
 from gradjax.model import layers
@@ -89,9 +90,9 @@ def _decomposing(way: str, decoder: Decoder) -> Iterator[Decompose | None]:
         yield decompose
 
 
-def _ones(_: Factors, lengths: np.ndarray) -> Callable[[], Values]:
+def _ones(_: Factors, contributing: Contributing) -> Callable[[], Values]:
     """Stands in for singular values."""
-    return lambda: {projection: [np.ones(1)] * len(lengths) for projection in PROJECTIONS}
+    return lambda: {p: [np.ones(1)] * len(mask) for p, mask in contributing.items()}
 
 
 def _factored_pass(
@@ -241,7 +242,9 @@ def largest_errors(
     factors = Factors(
         **{n: place_examples(decoder.mesh, array.astype(dtype)) for n, array in whole.items()}
     )
-    found = _values(way, decoder, factors, batch.lengths)
+    real = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    every: Contributing = dict.fromkeys(PROJECTIONS, real)
+    found = _values(way, decoder, factors, every)
     return {
         name: max(
             abs(float(measure(values) / measure(exact[projection])) - 1)
@@ -255,12 +258,11 @@ def largest_errors(
     }
 
 
-def _values(way: str, decoder: Decoder, factors: Factors, lengths: np.ndarray) -> Values:
+def _values(way: str, decoder: Decoder, factors: Factors, contributing: Contributing) -> Values:
     with _decomposing(way, decoder) as decompose:
         if decompose:
-            return decompose(factors, lengths)()
-    placed = place_examples(decoder.mesh, lengths)
-    unit, scales = measures.form_gradients(factors, placed, PROJECTIONS)
+            return decompose(factors, contributing)()
+    unit, scales = measures.form_gradients(factors, PROJECTIONS)
     decompose_all = jax.jit(partial(jnp.linalg.svd, compute_uv=False))
     return {
         p: list(np.asarray(decompose_all(unit[p])) * np.asarray(scales[p])[:, None]) for p in unit

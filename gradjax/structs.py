@@ -11,7 +11,7 @@ Axis legend (used in shapes, einsums and the weight table):
   Q  N * H, joined query heads    C  K * H, joined key/value heads
   O  rows of a gradient (outputs of the projection)
   I  columns of a gradient (inputs of the projection)
-  R  singular values kept, min(T, O, I)
+  R  singular values kept, min(tokens that contribute, O, I)
   W  a width that the text names
   Bg examples of a tensor group (sharding.py)
 
@@ -109,7 +109,7 @@ class TokenBatch:
 class Factors:
     """What one layer's gradients are made of: `G = Δᵀ X` per projection and example.
 
-    Rows of padded tokens are zero. q, k and v share their input.
+    q, k and v share their input.
     """
 
     x_qkv: jax.Array  # [B, T, D] input of q, k and v
@@ -141,7 +141,7 @@ class Spectrum:
     mean: float  # of the gradient's entries, as are max and min
     max: float
     min: float
-    singular_values: np.ndarray  # [R] descending; further ones are zero
+    singular_values: np.ndarray  # [R] descending, at least one; further ones are zero
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jax.stages import Compiled
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.orbax import load_converted
 from gradjax.checkpoints.safetensors import load_decoder
+from gradjax.gradients.factored import mask_factors
 from gradjax.model.parallel import log_unsplit
 from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, make_mesh, one_device
 from gradjax.spectra import measures
@@ -99,18 +100,19 @@ def compiled_collectives() -> dict:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, EXAMPLES))
 
         factors = Factors(**{name: array(batch, tokens, w) for name, w in widths.items()})
-        lengths = array(batch, dtype=jnp.int32)
         for route in ("gram", "qr"):
             with jax.enable_x64(route == "gram"):
-                lowered = device_values.lower(mesh, route, PROJECTIONS, factors, lengths)
+                lowered = device_values.lower(mesh, route, PROJECTIONS, factors)
             found[f"{route} {tuple(split)}"] = read_program(lowered.compile())
 
-        def measure(factors: Factors, lengths: jax.Array):
-            gradients, scales = measures.form_gradients(factors, lengths, PROJECTIONS)
+        def measure(factors: Factors, contributing: dict):
+            factors = mask_factors(factors, contributing)
+            gradients, scales = measures.form_gradients(factors, PROJECTIONS)
             cosine = measures.cosine(gradients["q"], gradients["o"])
             return cosine, measures.entry_measures(gradients, scales)
 
-        compiled = jax.jit(measure).lower(factors, lengths).compile()
+        masks = {p: array(batch, tokens, dtype=jnp.bool_) for p in PROJECTIONS}
+        compiled = jax.jit(measure).lower(factors, masks).compile()
         found[f"measures {tuple(split)}"] = read_program(compiled)
     total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, EVERYWHERE))
     found["control"] = read_program(total.lower(array(batch)).compile())
@@ -121,7 +123,8 @@ def wrong_values(times: str) -> int:
     """How often a mesh's values, taken by threads that give way at every turn, are not its own."""
     sys.setswitchinterval(1e-6)
     mesh, rng = mesh_of([8, 1, 1]), np.random.default_rng(0)
-    shape, lengths = (8, 3, 2), np.full(8, 3, np.int32)
+    shape = (8, 3, 2)
+    every = dict.fromkeys(PROJECTIONS, np.ones(shape[:2], bool))
     names = ("x_qkv", "x_o", *PROJECTIONS)
     values = {name: rng.standard_normal(shape, np.float32) for name in names}
     pairs = [(values["x_o" if p == "o" else "x_qkv"], values[p]) for p in PROJECTIONS]
@@ -132,7 +135,7 @@ def wrong_values(times: str) -> int:
     wrong = 0
     with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
         for _ in range(int(times)):
-            found = decompose(Factors(**place(values)), lengths)()
+            found = decompose(Factors(**place(values)), every)()
             wrong += not all(
                 np.allclose(np.array(found[p])[:, :2], e, rtol=1e-4)
                 for p, e in zip(PROJECTIONS, expected, strict=True)

@@ -59,8 +59,7 @@ def compiled_bytes(model: DecoderConfig, rows: int, length: int, *, keep: bool) 
     _, factors = shapes(factored._block_backward, block, kept, x, *rest)
     backward = memory(factored._block_backward, mesh, model, block, kept, x, *rest)
     head = memory(factored._head_gradient, mesh, model, final, table, x, tokens, targets)
-    lengths = array(rows, dtype=jnp.int32)
-    forming = memory(measures.form_gradients, factors, lengths, PROJECTIONS)
+    forming = memory(measures.form_gradients, factors, PROJECTIONS)
     again = 0 if keep else nbytes(kept)
     return {
         "weights": nbytes(decoder),

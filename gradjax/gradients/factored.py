@@ -7,7 +7,6 @@ matrix product of the forward pass happens once: norms, activations and the atte
 are recomputed from what was kept, through `jax.vjp`.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ from gradjax.model.parallel import (
 )
 from gradjax.model.parameters import block_parameters, model_parameters
 from gradjax.sharding import EVERYWHERE, EXAMPLES
-from gradjax.structs import Factors
+from gradjax.structs import Factors, Projection
 
 # Target tokens whose logits exist at a time: 78 MB of float32 at a vocabulary of 152k.
 HEAD_CHUNK = 128
@@ -252,12 +251,16 @@ def block_backward(
     return cotangent, Factors(x_qkv=normed, x_o=attended, q=q, k=k, v=v, o=o)
 
 
-def mask_padding(factors: Factors, lengths: Int[Array, " B"]) -> Factors:
-    """Factors with the rows of padded tokens set to zero."""
-    length = factors.q.shape[1]
-    real = (jnp.arange(length, dtype=lengths.dtype) < lengths[:, None])[..., None]
-    return dataclasses.replace(
-        factors,
-        x_qkv=jnp.where(real, factors.x_qkv, 0),
-        x_o=jnp.where(real, factors.x_o, 0),
+@jax.jit
+def mask_factors(factors: Factors, contributing: dict[Projection, Bool[Array, "B T"]]) -> Factors:
+    """Factors whose rows are zero for tokens that do not contribute (`contributing_tokens`).
+
+    A row of an input stays where any projection that shares the input needs it.
+    """
+    masks = {name: mask[..., None] for name, mask in contributing.items()}
+    qkv = masks["q"] | masks["k"] | masks["v"]
+    return Factors(
+        x_qkv=jnp.where(qkv, factors.x_qkv, 0),
+        x_o=jnp.where(masks["o"], factors.x_o, 0),
+        **{name: jnp.where(mask, getattr(factors, name), 0) for name, mask in masks.items()},
     )

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gradjax.gradients.causality import Contributing, contributing_tokens
 from gradjax.gradients.dense import dense_gradients
-from gradjax.gradients.factored import attention_gradients
-from gradjax.model.decoder import Decoder
+from gradjax.gradients.factored import attention_gradients, mask_factors
+from gradjax.model.decoder import Decoder, layer_windows
 from gradjax.sharding import EXAMPLES, local_examples, local_slots, place_examples
 from gradjax.spectra import measures
-from gradjax.spectra.decompose import Decompose, Values
+from gradjax.spectra.decompose import Decompose, Values, cut_values
 from gradjax.structs import SAME_LAYER_PAIRS, Projection, Similarity, Spectrum, TokenBatch
 
 # Layers whose spectra may still be in the making: bounds the factors that are alive.
@@ -109,8 +110,7 @@ def _factored_layers(
 ) -> tuple[jax.Array, Iterator[_Layer]]:
     assert settings.decompose is not None
     decompose, place = settings.decompose, partial(place_examples, model.mesh)
-    lengths = place(batch.lengths)
-    own_lengths = batch.lengths[local_slots(model.mesh, len(batch.lengths))]
+    contributing = _contributing(model, batch)
     losses, layers = attention_gradients(
         model,
         place(batch.tokens),
@@ -122,8 +122,10 @@ def _factored_layers(
     def stream() -> Iterator[_Layer]:
         for index, factors in layers:
             if index in settings.layers:
-                wait = decompose(factors, own_lengths)
-                unit, scales = measures.form_gradients(factors, lengths, settings.projections)
+                tokens = contributing[index]
+                factors = mask_factors(factors, {p: place(mask) for p, mask in tokens.items()})
+                wait = decompose(factors, _own_rows(model.mesh, tokens))
+                unit, scales = measures.form_gradients(factors, settings.projections)
                 yield _Layer(index, unit, scales, wait)
 
     return losses, stream()
@@ -132,10 +134,12 @@ def _factored_layers(
 def _dense_layers(
     model: Decoder, batch: TokenBatch, settings: BatchConfig
 ) -> tuple[jax.Array, Iterator[_Layer]]:
+    place = partial(place_examples, model.mesh)
+    contributing = _contributing(model, batch)
     losses, gradients = dense_gradients(
         model,
-        place_examples(model.mesh, batch.tokens),
-        place_examples(model.mesh, batch.targets),
+        place(batch.tokens),
+        place(batch.targets),
         settings.layers,
         settings.projections,
         settings.dense_chunk,
@@ -143,16 +147,36 @@ def _dense_layers(
 
     def stream() -> Iterator[_Layer]:
         for index in reversed(settings.layers):
-            matrices = {p: g.astype(jnp.float32) for p, g in gradients[index].items()}
+            tokens = contributing[index]
+            # A gradient that no token contributes to is zero, and not its rounding errors.
+            some = {
+                p: place(np.any(tokens[p], axis=1, keepdims=True)) for p in settings.projections
+            }
+            matrices = {
+                p: jnp.where(some[p][..., None], g.astype(jnp.float32), 0)
+                for p, g in gradients[index].items()
+            }
             values = {p: _dense_singular_values(model.mesh, g) for p, g in matrices.items()}
             unit, scales = measures.unit_scaled(matrices)
-            yield _Layer(index, unit, scales, partial(_fetch, values))
+            wait = partial(_fetch, values, _own_rows(model.mesh, tokens))
+            yield _Layer(index, unit, scales, wait)
 
     return losses, stream()
 
 
-def _fetch(values: dict[Projection, jax.Array]) -> Values:
-    return {projection: list(local_examples(array)) for projection, array in values.items()}
+def _contributing(model: Decoder, batch: TokenBatch) -> list[Contributing]:
+    windows = layer_windows(model.config, batch.tokens.shape[1])
+    return contributing_tokens(batch.targets, windows)
+
+
+def _own_rows(mesh: Mesh, contributing: Contributing) -> Contributing:
+    """Those of this process's examples."""
+    return {p: mask[local_slots(mesh, len(mask))] for p, mask in contributing.items()}
+
+
+def _fetch(values: dict[Projection, jax.Array], contributing: Contributing) -> Values:
+    fetched: Values = {p: list(local_examples(array)) for p, array in values.items()}
+    return cut_values(fetched, contributing)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import threadpoolctl
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
-from gradjax.gradients.factored import mask_padding
+from gradjax.gradients.causality import Contributing
 from gradjax.sharding import EXAMPLES, local_examples
 from gradjax.spectra.singular_values import Route, factor_singular_values
 from gradjax.structs import Factors, Projection
 
 # Values per projection: one array [R] per example.
 Values = dict[Projection, list[np.ndarray]]
-# Starts on a layer's factors and the lengths of this process's examples; the returned call waits
-# for their values.
-Decompose = Callable[[Factors, np.ndarray], Callable[[], Values]]
+# Starts on a layer's factors, zero where tokens do not contribute, and which of the tokens of this
+# process's examples do; the returned call waits for their values.
+Decompose = Callable[[Factors, Contributing], Callable[[], Values]]
 
 
 def default_route(backend: str) -> Route:
@@ -66,7 +66,7 @@ def _on_host(
     route: Route,
     projections: tuple[Projection, ...],
     factors: Factors,
-    lengths: np.ndarray,
+    contributing: Contributing,
 ) -> Callable[[], Values]:
     # A jax.Array lists its shards when first asked for them, and threads that ask at once can get a
     # wrong list, with it another row's numbers (jax 0.10.2): they are listed here, and one thread
@@ -76,24 +76,22 @@ def _on_host(
     fetched: Future[Any] = pool.submit(jax.tree.map, local_examples, factors)
 
     def work(group: tuple[Projection, ...], row: int) -> list[np.ndarray]:
-        length = max(int(lengths[row]), 1)
+        # Other tokens add nothing to G but a row to the core.
+        tokens = np.flatnonzero(np.any([contributing[p][row] for p in group], axis=0))
+        if not len(tokens):
+            tokens = np.zeros(1, np.intp)  # a zero gradient keeps one, which is zero
         host = fetched.result()
-        x = host.of(group[0])[0][row, :length]
-        deltas = [host.of(projection)[1][row, :length] for projection in group]
+        x = host.of(group[0])[0][row, tokens]
+        deltas = [host.of(projection)[1][row, tokens] for projection in group]
         if not all(np.isfinite(array).all() for array in (x, *deltas)):
             return [np.full(1, np.nan)] * len(group)
-        values: list[np.ndarray] = [x] * len(group)
-        for tokens, members in _by_contributing_tokens(deltas):
-            some = [deltas[member][tokens] for member in members]
-            found = factor_singular_values(np, route, x[tokens], some)
-            for member, member_values in zip(members, found, strict=True):
-                values[member] = member_values
-        return values
+        return factor_singular_values(np, route, x, deltas)
 
+    rows = len(contributing[projections[0]])
     futures = {
         (group, row): pool.submit(work, group, row)
         for group in _sharing_inputs(projections)
-        for row in range(len(lengths))
+        for row in range(rows)
     }
 
     def wait() -> Values:
@@ -101,26 +99,20 @@ def _on_host(
         for (group, _), future in futures.items():
             for projection, row_values in zip(group, future.result(), strict=True):
                 values[projection].append(row_values)
-        return values
+        return cut_values(values, contributing)
 
     return wait
 
 
-def _by_contributing_tokens(
-    deltas: list[np.ndarray],
-) -> list[tuple[np.ndarray, list[int]]]:
-    """The deltas that share the tokens with a gradient, and those tokens' positions.
-
-    In the last layer only tokens before a target reach q and o. A token without a gradient adds
-    nothing to G but a row to the core, and with it rounding noise in the tail of the spectrum.
-    """
-    groups: dict[bytes, tuple[np.ndarray, list[int]]] = {}
-    for member, delta in enumerate(deltas):
-        tokens = np.flatnonzero(np.abs(delta).max(axis=1))
-        if not len(tokens):
-            tokens = np.zeros(1, np.intp)  # a zero gradient keeps one
-        groups.setdefault(tokens.tobytes(), (tokens, []))[1].append(member)
-    return list(groups.values())
+def cut_values(values: Values, contributing: Contributing) -> Values:
+    """The values that can be other than zero: as many as tokens contribute, at least one."""
+    return {
+        projection: [
+            row_values[: max(int(count), 1)]
+            for row_values, count in zip(rows, contributing[projection].sum(axis=1), strict=True)
+        ]
+        for projection, rows in values.items()
+    }
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -129,12 +121,10 @@ def device_values(
     route: Route,
     projections: tuple[Projection, ...],
     factors: Factors,
-    lengths: Int[Array, " B"],
 ) -> dict[Projection, Float[Array, "B R"]]:
     """Singular values on the mesh, each device's of its own examples."""
 
-    def own(factors: Factors, lengths: Array) -> dict[Projection, Array]:
-        factors = mask_padding(factors, lengths)
+    def own(factors: Factors) -> dict[Projection, Array]:
         values = {}
         for group in _sharing_inputs(projections):
             deltas = [factors.of(projection)[1] for projection in group]
@@ -142,9 +132,8 @@ def device_values(
             values.update(zip(group, found, strict=True))
         return values
 
-    both = (EXAMPLES, EXAMPLES)
-    on_mesh = jax.shard_map(own, mesh=mesh, in_specs=both, out_specs=EXAMPLES, check_vma=False)
-    return on_mesh(factors, lengths)
+    on_mesh = jax.shard_map(own, mesh=mesh, in_specs=EXAMPLES, out_specs=EXAMPLES, check_vma=False)
+    return on_mesh(factors)
 
 
 def _on_device(
@@ -152,21 +141,13 @@ def _on_device(
     route: Route,
     projections: tuple[Projection, ...],
     factors: Factors,
-    lengths: np.ndarray,
+    contributing: Contributing,
 ) -> Callable[[], Values]:
-    placed = jax.make_array_from_process_local_data(NamedSharding(mesh, EXAMPLES), lengths)
     with jax.enable_x64(route == "gram"), jax.default_matmul_precision("highest"):
-        values = device_values(mesh, route, projections, factors, placed)
-
-    limits = {p: min(array.shape[-1] for array in factors.of(p)) for p in projections}
+        values = device_values(mesh, route, projections, factors)
 
     def wait() -> Values:
-        return {
-            p: [
-                row[: min(max(int(length), 1), limits[p])]
-                for row, length in zip(local_examples(values[p]), lengths, strict=True)
-            ]
-            for p in projections
-        }
+        fetched: Values = {p: list(local_examples(values[p])) for p in projections}
+        return cut_values(fetched, contributing)
 
     return wait

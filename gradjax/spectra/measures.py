@@ -5,9 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from gradjax.gradients.factored import mask_padding
 from gradjax.model.layers import einsum
 from gradjax.structs import Factors, Projection
 
@@ -45,13 +44,12 @@ Measures = dict[str, Array]
 
 @partial(jax.jit, static_argnames=("projections",))
 def form_gradients(
-    factors: Factors, lengths: Int[Array, " B"], projections: tuple[Projection, ...]
+    factors: Factors, projections: tuple[Projection, ...]
 ) -> tuple[Gradients, dict[Projection, Float[Array, " B"]]]:
     """`ΔᵀX` in float32, divided by the largest |Δ| of each example, and that divisor.
 
     The division keeps products of tiny gradients within float32's range.
     """
-    factors = mask_padding(factors, lengths)
     gradients: Gradients = {}
     scales: dict[Projection, Array] = {}
     for projection in projections:
