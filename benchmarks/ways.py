@@ -242,7 +242,7 @@ def largest_errors(
     factors = Factors(
         **{n: place_examples(decoder.mesh, array.astype(dtype)) for n, array in whole.items()}
     )
-    real = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    real: np.ndarray = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
     every: Contributing = dict.fromkeys(PROJECTIONS, real)
     found = _values(way, decoder, factors, every)
     return {
