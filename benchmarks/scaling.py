@@ -21,11 +21,12 @@ from pathlib import Path
 from random import Random
 
 from gradjax.checkpoints.pretrained import load_model
-from gradjax.checkpoints.resolve import resolve
 from gradjax.config import RunConfig
 from gradjax.data.word_problems import random_problem
 from gradjax.runs import run as run_module
 from gradjax.runs.compute import compute_results
+from gradjax.runs.inputs import read_inputs
+from gradjax.runs.layout import lay_out
 from gradjax.storage.store import read_table
 
 ROWS = (100, 1_000, 10_000)
@@ -45,8 +46,8 @@ def write_rows(path: Path, count: int) -> None:
 def timed_run(data: str, store: str) -> dict[str, float]:
     """Runs with everything compiled, and says what it took."""
     config = RunConfig(data=(data,), output_dir=store)
-    inputs = run_module.read_inputs(config, resolve(config.model), {})
-    batches = run_module.lay_out(config, inputs, devices=1).batches
+    inputs = read_inputs(config)
+    batches = lay_out(config, inputs, devices=1).batches
     shapes = {(batch.size, batch.length): batch for batch in batches}
     decoder = load_model(config.model).decoder
     list(compute_results(decoder, inputs.tokenized, config.spectra, list(shapes.values())))

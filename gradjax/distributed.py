@@ -142,5 +142,6 @@ def join(
         processes.stopped(str(error) or type(error).__name__)
         processes.part()
         raise
+    processes.part()  # where nothing was left to do
     if sharded:
         jax.distributed.shutdown()

@@ -49,7 +49,7 @@ def test_weights_are_equal_to_the_bit_in_every_dtype(family, stored, tmp_path):
     checkpoint = resolve(str(tmp_path / "converted"))
     config = read_config(checkpoint.directory)
     for dtype in ("float32", "bfloat16"):
-        found = load_weights(checkpoint, dtype, random_init=False, seed=0)
+        found = load_weights(checkpoint, config, dtype)
         assert_same_weights(found, load_decoder(source, config, dtype))
     assert identity(checkpoint) == identity(resolve(str(source)))
 
@@ -71,7 +71,7 @@ def test_object_store(bucket, tmp_path, monkeypatch):
     convert(str(source), f"{bucket}/{tmp_path.name}")
     for _ in range(2):  # fetched, and from the cache
         checkpoint = resolve(f"{bucket}/{tmp_path.name}")
-        found = load_weights(checkpoint, "float32", random_init=False, seed=0)
+        found = load_weights(checkpoint, read_config(checkpoint.directory), "float32")
         assert_same_weights(found, load_decoder(source, read_config(source), "float32"))
     with pytest.raises(GradjaxError, match="not empty"):
         convert(str(source), f"{bucket}/{tmp_path.name}")
@@ -94,7 +94,7 @@ def test_killed_conversion_is_not_taken(tmp_path):
     process.wait()
     checkpoint = resolve(str(output))
     with pytest.raises(GradjaxError, match="has no weights"):
-        load_weights(checkpoint, "float32", random_init=False, seed=0)
+        load_weights(checkpoint, read_config(checkpoint.directory), "float32")
 
 
 def test_faults_are_named(tmp_path):
@@ -108,7 +108,7 @@ def test_faults_are_named(tmp_path):
     damaged = next((output / "weights").glob("blocks.1.q"))
     damaged.rename(output / "elsewhere")
     with pytest.raises(GradjaxError, match="cannot be read"):
-        load_weights(resolve(str(output)), "float32", random_init=False, seed=0)
+        load_weights(resolve(str(output)), read_config(output), "float32")
     (output / "gradjax.json").write_text("[1]")
     with pytest.raises(GradjaxError, match=r"gradjax\.json is damaged"):
         resolve(str(output))

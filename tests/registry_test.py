@@ -287,11 +287,11 @@ class Hub(BaseHTTPRequestHandler):
 RESOLVE = """
 import json, sys
 from gradjax.errors import GradjaxError
-from gradjax.checkpoints.resolve import resolve
+from gradjax.checkpoints.resolve import fetch_weights, resolve
 
 for model in sys.argv[1:]:
     try:
-        checkpoint = resolve(model)
+        checkpoint = fetch_weights(resolve(model))
         found = [checkpoint.name, str(checkpoint.directory), checkpoint.source, checkpoint.revision]
     except GradjaxError as error:
         found = str(error)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,19 @@ import pandas as pd
 import pytest
 
 import gradjax
+from gradjax.checkpoints.resolve import resolve
 from gradjax.config import RunConfig, SpectraConfig, TokenConfig
+from gradjax.data.sources import parse_data_flags
 from gradjax.data.word_problems import demo_rows
 from gradjax.errors import GradjaxError
 from gradjax.runs import compute
 from gradjax.runs import inputs as inputs_module
 from gradjax.runs import run as run_module
+from gradjax.runs.inputs import default_directory
+from gradjax.runs.manifest import git_revision
 from gradjax.runs.run import run
-from gradjax.storage.results import format_table, group_means, unused_rows
-from gradjax.storage.store import TABLES, open_store, read_table
+from gradjax.storage.results import format_table, group_means, rows_to_come, unused_rows
+from gradjax.storage.store import TABLES, open_store, read_manifest, read_table
 
 pytestmark = pytest.mark.smoke
 
@@ -110,12 +115,129 @@ def test_plain_pandas_reads_the_store(uninterrupted):
 def test_manifest_tells_what_was_run(uninterrupted):
     directory, _ = uninterrupted
     manifest = json.loads((directory / "run.json").read_text())
-    assert manifest["flags"]["limit"] == 12
+    (invocation,) = manifest["invocations"]
+    assert invocation["flags"]["limit"] == 12
     assert manifest["settings"]["spectrum_route"] == "gram"
     assert manifest["settings"]["model"].startswith("sha256:")
     assert manifest["data"]["fast"]["rows"] == 12
     assert manifest["versions"]["gradjax"] == gradjax.__version__
-    assert manifest["device"]["platform"] == "cpu"
+    assert invocation["versions"]["jax"] == jax.__version__
+    assert [machine["platform"] for machine in invocation["machines"]] == ["cpu"]
+
+
+def every_byte(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """A finished run of eight rows of a file, and its config."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "rows.json").write_text(json.dumps(demo_rows("slow")[:8]))
+    settings = config(folder / "run", data=(str(folder / "rows.json"),), limit=None)
+    run(settings)
+    return settings
+
+
+def refusals(settings: RunConfig) -> dict[str, tuple[RunConfig, str]]:
+    replace = dataclasses.replace
+    return {
+        "fewer rows": (replace(settings, limit=3), "--limit leaves out"),
+        "other settings": (replace(settings, dtype="bfloat16"), "other settings: dtype"),
+        "other rows": (replace(settings, data=("rows=demo.json",)), "another row 0"),
+        "no such layer": (replace(settings, spectra=SpectraConfig(layers="9")), "--layers=9"),
+        "no such data": (replace(settings, data=("rows=nowhere.json",)), "nowhere.json"),
+        "no such model": (replace(settings, model="qwen", overwrite=True), "--model=qwen"),
+        "no such mesh": (replace(settings, mesh="data:3", overwrite=True), "--mesh=data:3"),
+        "a broken model": (replace(settings, model="broken", overwrite=True), "no weights"),
+    }
+
+
+@pytest.mark.parametrize("kind", refusals(RunConfig()))
+def test_what_is_refused_changes_no_byte(kind, own_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo.json").write_text(json.dumps(demo_rows("fast")[:8]))
+    demo = resolve("demo").directory
+    shutil.copytree(demo, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
+    before = every_byte(own_run.output_dir)
+    refused, says = refusals(own_run)[kind]
+    with pytest.raises(GradjaxError, match=says):
+        run(refused)
+    assert every_byte(own_run.output_dir) == before
+    assert rows_to_come(own_run.output_dir) == 0
+
+
+def test_a_refusal_makes_no_directory(tmp_path):
+    with pytest.raises(GradjaxError, match="--mesh=data:3"):
+        run(config(tmp_path / "run", mesh="data:3"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_compute_changes_nothing(own_run, monkeypatch):
+    before = every_byte(own_run.output_dir)
+    monkeypatch.setattr(run_module, "load_weights", None)
+    run(own_run)
+    assert every_byte(own_run.output_dir) == before
+
+
+def test_every_call_that_computed_is_recorded(tmp_path):
+    for limit in (1, 2, 2):
+        directory = run(config(tmp_path / "run", limit=limit))
+    invocations = read_manifest(directory)["invocations"]
+    assert [i["flags"]["limit"] for i in invocations] == [1, 2]
+
+
+def test_what_a_manifest_names_can_be_read_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.json").write_text(json.dumps(demo_rows("slow")[:1]))
+    directory = run(config(tmp_path / "run", data=("rows.json",)))
+    assert read_manifest(directory)["data"]["rows"]["source"] == str(tmp_path / "rows.json")
+
+
+def test_only_gradjaxs_own_checkout_has_a_revision(tmp_path):
+    """Installed into an environment inside a user's repository, the commit is the user's."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    package = tmp_path / "gradjax"
+    package.mkdir()
+    (package / "version.py").touch()
+    (tmp_path / "mine.py").touch()
+    assert git_revision(package) is None  # no repository
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "mine.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "mine"], check=True)
+    assert git_revision(package) is None  # not of this repository
+    nested = tmp_path / "venv" / "gradjax"
+    shutil.copytree(package, nested)
+    subprocess.run([*git, "add", "."], check=True)
+    assert git_revision(nested) is None  # not at its root
+    subprocess.run([*git, "commit", "-qm", "gradjax"], check=True)
+    said = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert git_revision(package) == said.stdout.strip()
+    (package / "version.py").write_text("changed")
+    assert git_revision(package) == f"{said.stdout.strip()}-dirty"
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "directory"),
+    [
+        ("demo", ["demo"], "demo"),
+        ("qwen2.5_0.5b", ["demo"], "qwen2.5_0.5b-demo"),
+        ("demo", ["a/rows.json"], "demo-rows"),
+        ("m", ["good=x.json", "demo", "bad=y.json"], "m-good-demo-bad"),
+    ],
+)
+def test_default_directory_is_named_after_model_and_data(model, data, directory):
+    assert default_directory(model, parse_data_flags(data)) == Path("runs") / directory
+
+
+def test_many_groups_still_give_a_name():
+    names = {
+        default_directory("m", parse_data_flags([f"{i:060}=x.json", *"abc"])).name for i in (1, 2)
+    }
+    assert len(names) == 2
+    assert max(map(len, names)) < 120
 
 
 def test_killed_runs_continue_to_the_same_store(uninterrupted, tmp_path):

@@ -327,7 +327,7 @@ def test_wrong_flags_are_one_sentence(settings, says):
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        ({"notes.txt": b"x"}, "is not empty and holds no scores"),
+        ({"notes.txt": b"x"}, r"is not empty and not a gradjax scoring \(found notes.txt\)"),
         ({"score.json": b"{"}, "score.json is damaged"),
         ({"score.json": b'{"families": 3}'}, "score.json is damaged"),
         ({"score.json": b'{"families": {}}', "parts/perplexity/000000.parquet": b"x"}, "damaged"),

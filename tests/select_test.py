@@ -295,11 +295,14 @@ class TestMatchLength:
 # Kills itself where one more file is about to be put in its place.
 KILLED = """
 import os, signal
-put, left = os.fsync, list(range({files}))
-os.fsync = lambda file: (put(file), left.pop()) if left else os.kill(os.getpid(), signal.SIGKILL)
-from absl import app
-from gradjax.select.__main__ import main
-app.run(main)
+from pathlib import Path
+put, left = Path.replace, list(range({files}))
+def count(self, target):
+    left.pop() if left else os.kill(os.getpid(), signal.SIGKILL)
+    return put(self, target)
+Path.replace = count
+from gradjax.cli import app, select
+app.start(select.main)
 """
 HOSTILE: list[Any] = [
     {"instruction": "a\u2028b\u2029c\x85d\r\ne\x0b", "output": "\ufeff<b>\x00\x1b[31m", "m": 9},
@@ -435,19 +438,20 @@ class TestFiles:
         first = files_in(select(tmp_path / "out", random=3, **flags))
         assert files_in(select(tmp_path / "out", random=3, **flags)) == first
         for other in ({"random": 3, "seed": 1}, {}):
-            with pytest.raises(GradjaxError, match=r"other settings \((random|seed)\); .*--overw"):
+            with pytest.raises(GradjaxError, match=r"other settings: (random|seed) .*--overw"):
                 select(tmp_path / "out", **flags, **other)
         config = SelectConfig(rule(top=5), data=(str(path),), output_dir=str(tmp_path / "out"))
-        with pytest.raises(GradjaxError, match=r"other settings \(random\)"):
+        with pytest.raises(GradjaxError, match=r"other settings: random \('3' there"):
             write_selection(config)
         assert files_in(tmp_path / "out") == first
         write_selection(SelectConfig(**{**vars(config), "overwrite": True}))
         kept = files_in(tmp_path / "out")
         assert set(kept) == {"high.jsonl", "high.parquet", "rejected.parquet", "summary.json"}
         assert kept["high.jsonl"] == first["high.jsonl"]
-        (tmp_path / "out" / "notes.txt").touch()
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").touch()
         with pytest.raises(GradjaxError, match=r"not a selection \(found notes.txt\)"):
-            select(tmp_path / "out", **flags)
+            select(tmp_path / "mine", **flags)
 
     @pytest.mark.parametrize("files", [0, 3])
     def test_killed_half_way_it_leaves_no_half_file(self, tmp_path: Path, files: int):

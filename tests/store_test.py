@@ -198,7 +198,7 @@ class TestTables:
             store._place.put("run.json", b"{")
         with pytest.raises(GradjaxError, match=r"damaged file in spectra .*--overwrite"):
             read_table(directory, "spectra")
-        with pytest.raises(GradjaxError, match=r"run\.json is not valid JSON"):
+        with pytest.raises(GradjaxError, match=r"run\.json is damaged"):
             read_manifest(directory)
 
     def test_of_an_object_store_read_as_those_of_a_directory(self, bucket, tmp_path):
@@ -261,7 +261,7 @@ class TestResuming:
     def test_overwrite(self, directory):
         for number in (3, 4):
             with open_store(directory, {"number": number}, overwrite=True) as store:
-                assert (store.manifest, store.finished) == ({}, {})
+                assert store.finished == {}
                 store.write_manifest(MANIFEST | {"settings": {"number": number}})
                 store.append([made_up_result(number)])
         assert list(finished_rows(directory)) == [("rows", 4)]

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.orbax import ORIGIN, load_converted, write_converted
-from gradjax.checkpoints.resolve import Checkpoint, load_tokenizer, resolve
+from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenizer, resolve
 from gradjax.checkpoints.safetensors import load_decoder, stored_dtype, weights_hash
 from gradjax.device import device_memory
 from gradjax.errors import GradjaxError, out_of_memory
@@ -52,30 +52,37 @@ def load_model(
       GradjaxError: if there is no such model, or its files are not what a Qwen2.5, Llama 3 or
         Gemma 2 checkpoint holds; the message names the file, key or tensor.
     """
-    checkpoint = resolve(model, weights=not random_init)
+    checkpoint = resolve(model)
+    config = read_config(checkpoint.directory)
     tokenizer = load_tokenizer(checkpoint.directory)
-    decoder = load_weights(checkpoint, dtype, random_init=random_init, seed=seed)
+    decoder = load_weights(checkpoint, config, dtype, random_init=random_init, seed=seed)
     return Model(decoder, tokenizer)
 
 
 def load_weights(
     checkpoint: Checkpoint,
+    config: DecoderConfig,
     dtype: str,
     *,
-    random_init: bool,
-    seed: int,
+    random_init: bool = False,
+    seed: int = 0,
     mesh: Mesh | None = None,
-    reward: bool = False,
+    flag: str = "model",
 ) -> Decoder:
-    """A local checkpoint's decoder in `dtype`, or fresh weights of its shape, on a mesh.
+    """A checkpoint's decoder in `dtype`, or fresh weights of its shape, on a mesh.
 
-    On the default device if `mesh` is None. `reward` as of `read_config`.
+    Args:
+      checkpoint: of `resolve`; its weights are downloaded where they have to be.
+      config: of its config.json.
+      mesh: the default device if None.
+      flag: that named the checkpoint.
 
     Raises:
-      GradjaxError: as `load_decoder`, or if the weights do not fit the memory.
+      GradjaxError: as `fetch_weights` and `load_decoder`, or if the weights do not fit the memory.
     """
+    if not random_init:
+        checkpoint = fetch_weights(checkpoint, flag=flag)
     directory = checkpoint.directory
-    config = read_config(directory, reward=reward)
     try:
         if random_init:
             logging.info("Fresh weights of the shape of %s, seed %d", directory, seed)
@@ -118,11 +125,12 @@ def convert(model: str, output: str) -> None:
     filesystem, path = fsspec.core.url_to_fs(output)
     if filesystem.exists(path) and filesystem.ls(path):
         raise GradjaxError(f"--output={output} is not empty; give a new directory")
-    checkpoint = resolve(model)
+    checkpoint = fetch_weights(resolve(model))
     if checkpoint.origin:
         raise GradjaxError(f"--model={model} is converted already; copy it as it is")
     dtype = stored_dtype(checkpoint.directory).name
-    decoder = load_weights(checkpoint, dtype, random_init=False, seed=0)
+    config = read_config(checkpoint.directory)
+    decoder = load_weights(checkpoint, config, dtype)
     origin = {"source": checkpoint.source, "identity": identity(checkpoint)}
     with tempfile.TemporaryDirectory() as scratch:
         local = "file" in filesystem.protocol

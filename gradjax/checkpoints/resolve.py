@@ -62,12 +62,12 @@ class Checkpoint:
     origin: dict[str, str | None] | None = None  # of a converted checkpoint: what it was made from
 
 
-def resolve(model: str, *, weights: bool = True, flag: str = "model") -> Checkpoint:
-    """The checkpoint that `--model`, or another flag, names, downloaded where it has to be.
+def resolve(model: str, *, flag: str = "model") -> Checkpoint:
+    """The checkpoint that `--model`, or another flag, names; downloads config and tokenizer.
 
     `model` is a registered name, else an existing directory, else a Hub repo `org/name`.
-    A Hub repo's cached copy is used where the Hub cannot be reached. Without `weights` only
-    the config and the tokenizer are downloaded.
+    A Hub repo's cached copy is used where the Hub cannot be reached. Weights are left to
+    `fetch_weights`.
 
     Raises GradjaxError for an unknown name, and for a repo that is missing, gated, or
     neither reachable nor cached.
@@ -75,16 +75,30 @@ def resolve(model: str, *, weights: bool = True, flag: str = "model") -> Checkpo
     if model == DEMO:
         return Checkpoint(DEMO, _DEMO_DIRECTORY, DEMO, None)
     if model in REGISTRY:
-        return _from_hub(model, REGISTRY[model], weights, flag)
+        return _from_hub(model, REGISTRY[model], flag)
     directory = Path(model).expanduser()
     if model and directory.is_dir():
         path = directory.resolve()
         return Checkpoint(_folder_name(path.name), path, str(path), None, read_origin(path))
     if "://" in model:
-        return _from_object_store(model, weights, flag)
+        return _from_object_store(model, flag)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        return _from_hub(_folder_name(model), model, weights, flag)
+        return _from_hub(_folder_name(model), model, flag)
     raise _unknown(model, flag)
+
+
+def fetch_weights(checkpoint: Checkpoint, *, flag: str = "model") -> Checkpoint:
+    """The same checkpoint with its weights in its directory, downloaded where they have to be.
+
+    Raises GradjaxError as `resolve`.
+    """
+    if "://" in checkpoint.source:
+        return _from_object_store(checkpoint.source, flag, weights=True)
+    if checkpoint.revision:
+        return _from_hub(
+            checkpoint.name, checkpoint.source, flag, weights=True, revision=checkpoint.revision
+        )
+    return checkpoint
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -117,7 +131,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _from_object_store(url: str, weights: bool, flag: str) -> Checkpoint:
+def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpoint:
     """A converted checkpoint, fetched once into this machine's cache."""
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
@@ -141,11 +155,13 @@ def _from_object_store(url: str, weights: bool, flag: str) -> Checkpoint:
     return Checkpoint(name, directory, url, None, read_origin(directory))
 
 
-def _from_hub(name: str, repo: str, weights: bool, flag: str) -> Checkpoint:
+def _from_hub(
+    name: str, repo: str, flag: str, *, weights: bool = False, revision: str | None = None
+) -> Checkpoint:
     page = f"https://huggingface.co/{repo}"
     files = [*_HUB_FILES, *([_HUB_WEIGHTS] if weights else [])]
     try:
-        directory = Path(snapshot_download(repo, allow_patterns=files))
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except GatedRepoError as error:
         raise GradjaxError(
             f"--{flag}={repo} is gated: accept its licence on {page} and put a token of that "

@@ -38,6 +38,13 @@ class Source:
     group: str
     location: str  # path, registered name, Hub id, or "demo"
 
+    @property
+    def absolute(self) -> str:
+        """The location as it can be read from any folder."""
+        path = os.path.expanduser(self.location)
+        named = self.location == DEMO or self.location in DATASETS
+        return os.path.abspath(path) if not named and os.path.exists(path) else self.location
+
 
 def parse_data_flags(specs: Sequence[str]) -> tuple[Source, ...]:
     """The sources named by the values of `--data`, each `[GROUP=]SOURCE`.

@@ -1,64 +1,91 @@
 """What a run starts from: the model's config, its tokenizer, and every row as tokens."""
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from gradjax.checkpoints.hf_config import read_config
-from gradjax.checkpoints.resolve import Checkpoint, load_tokenizer
+from gradjax.checkpoints.resolve import DEMO, Checkpoint, load_tokenizer, resolve
 from gradjax.config import RunConfig
 from gradjax.data.examples import to_example
-from gradjax.data.sources import data_hash, parse_data_flags, read_rows
+from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
 from gradjax.data.tokens import check_tokenizer, check_vocabulary, describe, tokenize
 from gradjax.errors import GradjaxError
+from gradjax.hashing import sha256
 from gradjax.model.config import DecoderConfig
-from gradjax.storage.store import FinishedRow, Key, Store
+from gradjax.model.parameters import all_parameters
+from gradjax.storage.store import NOTHING, FinishedRow, Found, Key, Store, find_run
 from gradjax.structs import Example, Status, TokenizedExample
+
+_LONGEST_NAME = 100  # characters of a default directory
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What a run starts from, before any weight is read."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # without weights
     model: DecoderConfig
     tokenizer: PreTrainedTokenizerFast
     data: dict[str, dict[str, Any]]  # by group: source, number of rows, hash
     tokenized: list[TokenizedExample]
+    directory: str | Path  # the store's, a URL as str
+    found: Found  # what the store holds
+    finished: frozenset[int]  # positions in `tokenized` of the rows among that
 
 
-def read_inputs(
-    config: RunConfig, checkpoint: Checkpoint, known: Mapping[Key, FinishedRow]
-) -> Inputs:
-    """The model's config, and the data as tokens; rows that are known keep only their length."""
+def read_inputs(config: RunConfig) -> Inputs:
+    """Reads the model's config, the store and the data; finished rows keep only their length.
+
+    Raises:
+      GradjaxError: for a fault of any of them, or if the store holds other rows than the data.
+    """
+    checkpoint = resolve(config.model)
     model = read_config(checkpoint.directory)
     config.spectra.layer_numbers(model.num_layers)  # refused before anything is read
     tokenizer = load_tokenizer(checkpoint.directory)
     check_tokenizer(tokenizer, config.tokens)
+    sources = parse_data_flags(config.data)
+    directory = config.output_dir or default_directory(checkpoint.name, sources)
+    found = NOTHING if config.overwrite else find_run(directory)
     data: dict[str, dict[str, Any]] = {}
     tokenized = []
-    for source in parse_data_flags(config.data):
+    for source in sources:
         source_rows = read_rows(source, config.limit)
         data[source.group] = {
-            "source": source.location,
+            "source": source.absolute,
             "rows": len(source_rows),
             "hash": data_hash(source_rows),
         }
         for number, row in enumerate(source_rows):
             example = to_example(row, source.group, number)
-            found = known.get((source.group, number))
-            if found and found.row_hash == example.row_hash:
-                tokenized.append(_finished_before(example, found))
+            before = found.finished.get((source.group, number))
+            if before and before.row_hash == example.row_hash:
+                tokenized.append(_finished_before(example, before))
             else:
                 tokenized.append(tokenize(example, tokenizer, config.tokens))
     check_vocabulary(tokenized, model.vocab_size)
-    return Inputs(checkpoint, model, tokenizer, data, tokenized)
+    finished = _finished_positions(directory, found, tokenized)
+    return Inputs(checkpoint, model, tokenizer, data, tokenized, directory, found, finished)
+
+
+def default_directory(model: str, sources: Sequence[Source]) -> Path:
+    """`runs/demo` for the embedded model on the embedded groups, else `runs/{model}-{groups}`."""
+    groups = dict.fromkeys(DEMO if s.location == DEMO else s.group for s in sources)
+    name = "-".join([model, *groups])
+    if (model, list(groups)) == (DEMO, [DEMO]):
+        name = DEMO
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{sha256(name)[:8]}"
+    return Path("runs") / name
 
 
 def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
@@ -70,6 +97,23 @@ def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
         np.broadcast_to(np.bool_(False), found.num_tokens),
         truncated=found.truncated,
         status="ok" if computed else cast(Status, found.status),
+    )
+
+
+def log_inputs(config: RunConfig, inputs: Inputs, mesh: Mesh) -> None:
+    """The log's first line: what runs on what."""
+    weights = (math.prod(p.shape(inputs.model)) for p in all_parameters(inputs.model).values())
+    rows = ", ".join(f"{of['rows']:,} of {group}" for group, of in inputs.data.items())
+    logging.info(
+        "%s (%s), %s parameters in %s, on %d x %s; rows: %s; output: %s",
+        inputs.checkpoint.name,
+        inputs.checkpoint.source,
+        f"{sum(weights):,}",
+        config.dtype,
+        mesh.size,
+        mesh.devices.flat[0].device_kind,
+        rows,
+        inputs.directory,
     )
 
 
@@ -89,7 +133,9 @@ def key_of(tokenized: TokenizedExample) -> Key:
     return tokenized.example.group, tokenized.example.example_id
 
 
-def finished_positions(store: Store, tokenized: Sequence[TokenizedExample]) -> set[int]:
+def _finished_positions(
+    directory: str | Path, found: Found, tokenized: Sequence[TokenizedExample]
+) -> frozenset[int]:
     """Positions of the rows that the store holds already.
 
     Raises:
@@ -98,33 +144,31 @@ def finished_positions(store: Store, tokenized: Sequence[TokenizedExample]) -> s
     positions = {(t.example.group, t.example.example_id): i for i, t in enumerate(tokenized)}
     groups = {t.example.group for t in tokenized}
     finished = set()
-    for (group, example_id), found in store.finished.items():
+    for (group, example_id), before in found.finished.items():
         position = positions.get((group, example_id))
         if position is None:
             if group in groups:
                 raise GradjaxError(
-                    f"{store.directory} holds row {example_id} of group {group}, which this run's "
+                    f"{directory} holds row {example_id} of group {group}, which this run's "
                     "data or --limit leaves out; give all of it, another --output_dir, or "
                     "--overwrite to replace the run"
                 )
-        elif tokenized[position].example.row_hash != found.row_hash:
+        elif tokenized[position].example.row_hash != before.row_hash:
             raise GradjaxError(
-                f"{store.directory} holds another row {example_id} of group {group} than the data "
+                f"{directory} holds another row {example_id} of group {group} than the data "
                 "has now; give the same data, another --output_dir, or --overwrite"
             )
         else:
             finished.add(position)
-    return finished
+    return frozenset(finished)
 
 
-def require_rows(
-    directory: str | Path, rows: Sequence[TokenizedExample], there: Collection[Key]
-) -> None:
-    """Raises GradjaxError unless all of the rows are there."""
-    missing = sum(key_of(row) not in there for row in rows)
+def require_rows(store: Store, rows: Sequence[TokenizedExample]) -> None:
+    """Raises GradjaxError unless the store has all of the rows."""
+    missing = sum(key_of(row) not in store.finished for row in rows)
     if missing:
         raise GradjaxError(
-            f"{directory} lacks {missing} of {len(rows)} rows although the run has "
+            f"{store.directory} lacks {missing} of {len(rows)} rows although the run has "
             "ended; run the same command again, and report this as a bug if it persists"
         )
 

@@ -1,7 +1,7 @@
 """What run.json says: the settings that numbers depend on, and where each number came from."""
 
 import dataclasses
-import hashlib
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -13,15 +13,16 @@ import jax
 
 from gradjax.checkpoints.pretrained import identity
 from gradjax.config import RunConfig
+from gradjax.hashing import sha256
 from gradjax.model.parameters import block_parameters
 from gradjax.runs.compute import resolved_route
-from gradjax.runs.cost import Plan
 from gradjax.runs.inputs import (
     Inputs,
 )
 from gradjax.spectra.decompose import decomposes_on_host
-from gradjax.storage.store import Store
 from gradjax.version import __version__
+
+_PACKAGE = Path(__file__).parent.parent
 
 
 def number_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -30,12 +31,12 @@ def number_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     template = str(tokenizer.chat_template or "")
     return {
         "model": (
-            f"random weights, seed {config.seed}: {_sha256(repr(inputs.model))}"
+            f"random weights, seed {config.seed}: {sha256(repr(inputs.model))}"
             if config.random_init
             else identity(inputs.checkpoint)
         ),
-        "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
-        "template": _sha256(template) if config.tokens.prompt_format == "chat" else None,
+        "tokenizer": sha256(tokenizer.backend_tokenizer.to_str()),
+        "template": sha256(template) if config.tokens.prompt_format == "chat" else None,
         "dtype": config.dtype,
         **dataclasses.asdict(config.tokens),
         "spectrum": config.spectra.spectrum,
@@ -53,25 +54,17 @@ def manifest(
     config: RunConfig,
     settings: dict[str, Any],
     inputs: Inputs,
-    planned: Plan,
-    store: Store,
+    invocation: dict[str, Any],
 ) -> dict[str, Any]:
-    """`run.json`: what was run, on what, with what."""
-    checkpoint = inputs.checkpoint
-    flags = {
-        **dataclasses.asdict(config.tokens),
-        **dataclasses.asdict(config.spectra),
-        **{
-            field.name: getattr(config, field.name)
-            for field in dataclasses.fields(config)
-            if field.name not in ("tokens", "spectra")
-        },
-        "output_dir": str(store.directory),
-    }
-    packages = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pyarrow")
+    """`run.json`: what was run, on what, with what.
+
+    Args:
+      settings: of `number_settings`.
+      invocation: this one, as of `describe_invocation`; those of earlier calls stay.
+    """
+    checkpoint, before = inputs.checkpoint, inputs.found.manifest
     return {
         "settings": settings,
-        "flags": flags,
         "model": {
             "name": checkpoint.name,
             "source": checkpoint.source,
@@ -82,39 +75,76 @@ def manifest(
             for projection in config.spectra.projections
         },
         # Groups of an earlier call stay: groups may be added to a run.
-        "data": store.manifest.get("data", {}) | inputs.data,
+        "data": before.get("data", {}) | inputs.data,
+        "versions": {"gradjax": __version__},  # whoever reads the store asks for it
+        "invocations": [*before.get("invocations", []), invocation],
+    }
+
+
+def describe_invocation(
+    config: RunConfig, inputs: Inputs, mesh: dict[str, int], machines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Where the numbers that this call adds come from.
+
+    Args:
+      mesh: size of each axis.
+      machines: of each process, `describe_machine`.
+    """
+    flags = {
+        **dataclasses.asdict(config.tokens),
+        **dataclasses.asdict(config.spectra),
+        **{
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if field.name not in ("tokens", "spectra")
+        },
+        "output_dir": str(inputs.directory),
+    }
+    packages = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy", "pyarrow")
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "flags": flags,
+        "mesh": mesh,
+        "machines": machines,
         "versions": {
             "gradjax": __version__,
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in packages},
         },
-        "device": {
-            "platform": jax.default_backend(),
-            "kind": jax.devices()[0].device_kind,
-            "count": jax.device_count(),
-            "mesh": planned.mesh,
-            "decompositions": ("host" if decomposes_on_host(jax.default_backend()) else "device"),
-        },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(_PACKAGE),
     }
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def describe_machine() -> dict[str, Any]:
+    """This process's machine and its devices."""
+    backend = jax.default_backend()
+    return {
+        "host": platform.node(),
+        "platform": backend,
+        "kind": jax.local_devices()[0].device_kind,
+        "devices": jax.local_device_count(),
+        "decompositions": "host" if decomposes_on_host(backend) else "device",
+    }
 
 
-def _git_revision() -> str | None:
-    """The commit of the checkout that gradjax runs from, `-dirty` if it was changed."""
+def git_revision(package: Path) -> str | None:
+    """The commit of the checkout that gradjax runs from, `-dirty` if it was changed.
+
+    Only gradjax's own: None where `package` was installed, whatever repository is around it.
+    """
+    root = package.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        top = git("rev-parse", "--show-toplevel")
+        tracked = git("ls-files", f"{package.name}/version.py")
+        if not tracked or Path(top).resolve() != root.resolve():
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None

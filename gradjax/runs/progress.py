@@ -4,41 +4,52 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Self
 
 from absl import logging
 from tqdm import tqdm
 
-from gradjax.config import RunConfig
 from gradjax.storage.store import Store
 from gradjax.structs import ExampleResult, TokenizedExample
 
 # A shard is written when this much work has come together: less is lost when a run is killed,
 # more makes fewer files.
 _FLUSH_SECONDS = 10.0
-
-
 _FLUSH_VALUES = 16_000_000  # singular values held in memory
-
-
 _FLUSH_ROWS = 256  # of a small model, whose values weigh less than the objects around them
 
 
-def append_behind(store: Store, written: Iterator[list[ExampleResult]], config: RunConfig) -> None:
+class BackgroundWriter:
     """Writes each shard in a thread of its own while the next one is computed."""
-    waited = 0.0
-    with ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
-        for shard in written:
-            if writing:
-                since = time.monotonic()
-                writing.result()
-                waited += time.monotonic() - since
-            writing = writer.submit(
-                store.append, shard, singular_values=config.store_singular_values
-            )
-        if writing:
-            writing.result()
-    logging.info("Computing waited %.2f s for shards being written", waited)
+
+    def __init__(self, store: Store, singular_values: bool):
+        self._append = partial(store.append, singular_values=singular_values)
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._waited = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def append(self, shard: list[ExampleResult]) -> None:
+        """Begins to write a shard, once the one before it is written; raises its faults."""
+        self._wait()
+        self._writing = self._thread.submit(self._append, shard)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait()
+                logging.info("Computing waited %.2f s for shards being written", self._waited)
+        finally:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._writing:
+            since = time.monotonic()
+            self._writing.result()
+            self._waited += time.monotonic() - since
 
 
 def with_progress(

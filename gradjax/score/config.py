@@ -9,7 +9,6 @@ from gradjax.config import SpectraConfig, as_directory
 from gradjax.errors import GradjaxError
 from gradjax.structs import PROJECTIONS, Projection, Status
 
-MANIFEST = "score.json"  # beside scores/
 # What is computed together, and the columns of scores/ that come of it.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ifd": (

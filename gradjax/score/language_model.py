@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from gradjax.checkpoints.gpt2 import is_gpt2, load_gpt2, read_gpt2_config
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.pretrained import load_weights
-from gradjax.checkpoints.resolve import Checkpoint, load_tokenizer, resolve
+from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenizer, resolve
 from gradjax.data.batches import BatchSpec, batch_by_length, make_batch
 from gradjax.device import default_batch_tokens, device_memory
 from gradjax.errors import GradjaxError, out_of_memory
@@ -25,6 +25,7 @@ from gradjax.structs import TokenBatch, TokenizedExample
 
 GPT2 = "gpt2"
 _GPT2_REPO = "openai-community/gpt2"
+_FLAG = "ifd_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class LanguageModel:
     project_logits: Callable[..., Array]  # head, then [*B, D] -> [*B, V]
 
 
-def resolve_language_model(name: str, *, weights: bool = True) -> Checkpoint:
+def resolve_language_model(name: str) -> Checkpoint:
     """The checkpoint of a name as of `load_language_model`; see `checkpoints.resolve`."""
-    return resolve(_GPT2_REPO if name == GPT2 else name, weights=weights, flag="ifd_model")
+    return resolve(_GPT2_REPO if name == GPT2 else name, flag=_FLAG)
 
 
 def language_window(directory: Path) -> int:
@@ -66,11 +67,12 @@ def load_language_model(name: str) -> LanguageModel:
     directory = checkpoint.directory
     tokenizer = load_tokenizer(directory)
     if is_gpt2(directory):
-        weights = load_gpt2(directory)
+        weights = load_gpt2(fetch_weights(checkpoint, flag=_FLAG).directory)
         hidden_states, project_logits = gpt2.hidden_states, gpt2.project_logits
         head = (weights.final_norm[...], weights.final_norm_bias[...], weights.embedding[...])
     else:
-        weights = load_weights(checkpoint, "float32", random_init=False, seed=0)
+        config = read_config(directory)
+        weights = load_weights(checkpoint, config, "float32", flag=_FLAG)
         hidden_states, project_logits = decoder.hidden_states, decoder.project_logits
         head = (weights.final_norm[...], weights.output_table)
     config = weights.config

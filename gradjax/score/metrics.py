@@ -1,7 +1,6 @@
 """The metrics that are asked for: what their numbers depend on, and how they are computed."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from absl import logging
 from gradjax.checkpoints.pretrained import identity
 from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.errors import GradjaxError
+from gradjax.hashing import sha256
 from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, Score, ScoreConfig
 from gradjax.score.endpoint import Judge
 from gradjax.score.ifd import score_ifd, score_perplexity
@@ -80,20 +80,20 @@ def _family(name: str, config: ScoreConfig, judge: Judge | None) -> Family:
     if name in JUDGED:
         assert judge is not None
         prompt = judge.prompt or own_prompt(cast(JudgedMetric, name))
-        settings = {"model": judge.model, "prompt": _sha256(prompt)}
+        settings = {"model": judge.model, "prompt": sha256(prompt)}
         score = score_instag if name == "instag" else score_difficulty
         return Family(name, settings, lambda: partial(score, judge))
     if name == "reward":
-        checkpoint = resolve(config.reward_model, weights=False, flag="reward_model")
+        checkpoint = resolve(config.reward_model, flag="reward_model")
     else:
-        checkpoint = resolve_language_model(config.ifd_model, weights=False)
+        checkpoint = resolve_language_model(config.ifd_model)
     tokenizer = load_tokenizer(checkpoint.directory)
     settings: dict[str, Any] = {
         "model": identity(checkpoint),
-        "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
+        "tokenizer": sha256(tokenizer.backend_tokenizer.to_str()),
     }
     if name == "reward":
-        settings["template"] = _sha256(str(tokenizer.chat_template or ""))
+        settings["template"] = sha256(str(tokenizer.chat_template or ""))
         return Family(name, settings, partial(_load_reward, config.reward_model))
     settings["max_length"] = config.max_length or language_window(checkpoint.directory)
     score = score_ifd if name == "ifd" else score_perplexity
@@ -108,7 +108,3 @@ def _load_reward(model: str) -> Scorer:
 def _load_losses(score: Callable[..., list[Score]], config: ScoreConfig) -> Scorer:
     logging.info("Loading %s", config.ifd_model)
     return partial(score, load_language_model(config.ifd_model), max_length=config.max_length)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

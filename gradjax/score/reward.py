@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from transformers import PreTrainedTokenizerFast
 
+from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.pretrained import load_weights
 from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.data.batches import make_batch
@@ -64,7 +65,8 @@ def load_reward_model(model: str) -> RewardModel:
             f"The chat template of {checkpoint.directory} does not render one question and its "
             f"answer ({probe.reason}): mend its chat_template or use another --reward_model."
         )
-    decoder = load_weights(checkpoint, "float32", random_init=False, seed=0, reward=True)
+    config = read_config(checkpoint.directory, reward=True)
+    decoder = load_weights(checkpoint, config, "float32", flag="reward_model")
     return RewardModel(decoder, tokenizer)
 
 

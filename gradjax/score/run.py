@@ -6,7 +6,6 @@ was stopped goes on. OUTPUT_DIR/scores/ is made of the parts at the end, whole o
 
 import dataclasses
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,6 @@ from gradjax.score.batch_api import batch_lines, read_batch_results, write_batch
 from gradjax.score.config import (
     FAMILIES,
     JUDGED,
-    MANIFEST,
     METRICS,
     JudgedMetric,
     Score,
@@ -35,6 +33,7 @@ from gradjax.score.endpoint import Judge
 from gradjax.score.gradients import run_scores
 from gradjax.score.judge import judged_tags, plan_judging, tag_coverage
 from gradjax.score.metrics import Family, asked_families, make_judge
+from gradjax.storage.directory import SCORES, Directory
 from gradjax.storage.filesystem import LocalPlace, RemotePlace, open_place
 from gradjax.storage.results import KEY
 from gradjax.storage.store import read_manifest
@@ -59,15 +58,17 @@ def score(config: ScoreConfig) -> Path | str:
     keep_compiled_programs()
     examples, data = read_examples(config)
     directory = config.output_dir
-    place = open_place(directory)
-    _require_ours(place)
-    of_run = _read_run(config, examples) if config.run else {}  # nothing is replaced by a fault
+    ours = Directory(directory, SCORES)
+    ours.require_ours()
+    place = ours.place
+    of_run = _read_run(config, examples) if config.run else {}
+    judge = make_judge(config)
+    families = asked_families(config, judge)
+    _stale(ours, _manifest(ours)["families"], config, families)  # what is refused changes nothing
     with place.lock(0):
-        judge = make_judge(config)
         if judge and config.judge_batch_results:
             _take_results(judge, config.judge_batch_results)
-        families = asked_families(config, judge)
-        manifest = _prepare(place, config, families, data)
+        manifest = _prepare(ours, config, families, data)
         found = {RUN: of_run} if config.run else {}
         if of_run:
             columns = list(next(iter(of_run.values())).values)
@@ -76,7 +77,7 @@ def score(config: ScoreConfig) -> Path | str:
         found |= {n: _read_parts(place, n) for n in manifest["families"] if n not in found}
         if judge and "instag" in config.judged:
             manifest["tags"] = _tags(judge, examples)
-            place.put(MANIFEST, _json(manifest))
+            ours.write_manifest(manifest)
         place.put(TABLE, _parquet(_table(examples, found)))
     return directory
 
@@ -88,14 +89,14 @@ def plan(config: ScoreConfig) -> list[str]:
       GradjaxError: as `score`, as far as no model is loaded and nothing is asked.
     """
     examples, _ = read_examples(config)
-    place = open_place(config.output_dir)
+    ours = Directory(config.output_dir, SCORES)
     judge = make_judge(config)
     families = asked_families(config, judge)
-    stale = _stale(place, _manifest(place)["families"], config, families)
+    stale = _stale(ours, _manifest(ours)["families"], config, families)
     usable = {e.row_hash: e for e in examples if e.status == "ok"}
     lines = []
     for family in families:
-        found = {} if family.name in stale else _read_parts(place, family.name)
+        found = {} if family.name in stale else _read_parts(ours.place, family.name)
         left = [example for digest, example in usable.items() if digest not in found]
         lines.append(f"{family.name}: {len(left):,} of {len(usable):,} different rows to score")
         if judge and family.name in config.judged:
@@ -131,7 +132,7 @@ def read_examples(config: ScoreConfig) -> tuple[list[Example], dict[str, dict[st
     for source, limit in _sources(config):
         rows = read_rows(source, limit)
         data[source.group] = {
-            "source": source.location,
+            "source": source.absolute,
             "rows": len(rows),
             "hash": data_hash(rows),
         }
@@ -165,7 +166,7 @@ def _take_results(judge: Judge, path: str) -> None:
 
 def read_tags(directory: str | Path) -> dict[str, int]:
     """By group, how many different tags its rows have; empty where none were asked for."""
-    return _manifest(open_place(directory)).get("tags", {})
+    return _manifest(Directory(directory, SCORES)).get("tags", {})
 
 
 def _sources(config: ScoreConfig) -> list[tuple[Source, int | None]]:
@@ -176,29 +177,15 @@ def _sources(config: ScoreConfig) -> list[tuple[Source, int | None]]:
     return [(Source(group, of["source"]), config.limit or of["rows"]) for group, of in data.items()]
 
 
-def _require_ours(place: LocalPlace | RemotePlace) -> None:
-    names = [name for name in place.names() if name != ".tmp"]
-    if names and MANIFEST not in names and "judge.sqlite" not in names:
-        raise GradjaxError(
-            f"{place.directory} is not empty and holds no scores (found {names[0]}); give an empty "
-            "or new directory with --output_dir"
-        )
-
-
-def _manifest(place: LocalPlace | RemotePlace) -> dict[str, Any]:
-    text = place.read(MANIFEST)
-    try:
-        manifest = json.loads(text or b"{}")
-        return manifest | {"families": dict(manifest.get("families", {}))}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise GradjaxError(
-            f"{place.directory}/{MANIFEST} is damaged ({error}); restore it, or score anew in "
-            "another --output_dir"
-        ) from error
+def _manifest(directory: Directory) -> dict[str, Any]:
+    manifest = directory.manifest() or {}
+    if not isinstance(manifest.setdefault("families", {}), dict):
+        raise directory.damaged("families is no object")
+    return manifest
 
 
 def _stale(
-    place: LocalPlace | RemotePlace,
+    directory: Directory,
     before: Mapping[str, Mapping[str, Any]],
     config: ScoreConfig,
     families: Sequence[Family],
@@ -206,31 +193,25 @@ def _stale(
     """Families with parts of other settings; raises GradjaxError unless they may be replaced."""
     stale = []
     for family in families:
-        now, then = family.settings, before.get(family.name, {})
-        differing = [name for name in now if now[name] != then.get(name)]
-        if not differing or not place.names(f"parts/{family.name}"):
+        then = before.get(family.name, {})
+        if then == family.settings or not directory.place.names(f"parts/{family.name}"):
             continue
         if not config.overwrite:
-            name = differing[0]
-            raise GradjaxError(
-                f"{place.directory} has {family.name} scores of another {name} "
-                f"({then.get(name)!r} there, {now[name]!r} now); use the same flags, another "
-                "--output_dir, or --overwrite to replace them"
-            )
+            directory.require_same(f"{family.name} scores", then, family.settings)
         stale.append(family.name)
     return stale
 
 
 def _prepare(
-    place: LocalPlace | RemotePlace,
+    directory: Directory,
     config: ScoreConfig,
     families: Sequence[Family],
     data: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Removes what is to be replaced and writes the manifest, which it returns."""
-    manifest = _manifest(place)
+    manifest, place = _manifest(directory), directory.place
     before = manifest["families"]
-    stale = _stale(place, before, config, families)
+    stale = _stale(directory, before, config, families)
     settings = {family.name: family.settings for family in families}
     if config.run:
         stale.append(RUN)
@@ -244,20 +225,16 @@ def _prepare(
         manifest.pop("tags", None)
     for name in stale:
         place.remove(f"parts/{name}/{part}" for part in place.names(f"parts/{name}"))
-    flags = dataclasses.asdict(config) | {"output_dir": str(place.directory)}
+    flags = dataclasses.asdict(config) | {"output_dir": str(directory.path)}
     manifest |= {
         "data": data,
         "families": before | settings,
         "flags": flags,
         "versions": {"gradjax": __version__},
     }
-    place.put(MANIFEST, _json(manifest))
+    directory.write_manifest(manifest)
     place.make_folders(["scores", "parts", *(f"parts/{name}" for name in manifest["families"])])
     return manifest
-
-
-def _json(manifest: Mapping[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _read_run(config: ScoreConfig, examples: Sequence[Example]) -> Scores:

@@ -5,22 +5,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.dataset as ds
 from absl import logging
 
-from gradjax.config import as_directory
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, parse_data_flags, read_rows
 from gradjax.errors import GradjaxError
-from gradjax.score.config import MANIFEST as SCORE_MANIFEST
 from gradjax.score.gradients import run_scores
-from gradjax.storage.filesystem import LocalPlace, RemotePlace, open_place
+from gradjax.storage.directory import RUN, SCORES, Directory
 from gradjax.storage.results import KEY
-from gradjax.storage.store import MANIFEST as RUN_MANIFEST
-from gradjax.storage.store import read_manifest
 from gradjax.structs import PROJECTIONS, Example
 
 KEYS = [*KEY, "row_hash"]
@@ -132,8 +129,8 @@ def _require_run_for(scores: Sequence[str], layers: str, projections: Sequence[s
 
 
 def _is_run(directory: str) -> bool:
-    names = open_place(as_directory(directory)).names()
-    return RUN_MANIFEST in names and SCORE_MANIFEST not in names
+    names = Directory(directory, RUN).place.names()
+    return RUN.manifest in names and SCORES.manifest not in names
 
 
 def _join(
@@ -166,18 +163,17 @@ def _read_scores(
     directory: str, layers: str, projections: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Source]]:
     """Keys, metrics and sources of one directory, its rows in order."""
-    place = open_place(as_directory(directory))
-    manifest = place.read(SCORE_MANIFEST)
-    if manifest is not None:
-        sources, rows = _read_score_tables(place, manifest)
-    elif place.read(RUN_MANIFEST) is not None:
-        data = read_manifest(place.directory)["data"]
+    scoring, run = Directory(directory, SCORES), Directory(directory, RUN)
+    if (manifest := scoring.manifest()) is not None:
+        sources, rows = _read_score_tables(scoring, manifest)
+    elif (manifest := run.manifest()) is not None:
+        data = manifest["data"]
         sources = {group: Source(group, of["source"]) for group, of in data.items()}
-        rows = run_scores(place.directory, layers, projections)
+        rows = run_scores(run.path, layers, projections)
     else:
         raise GradjaxError(
-            f"--scores={directory} has neither {SCORE_MANIFEST} nor {RUN_MANIFEST}: expected a "
-            "directory written by gradjax.score or gradjax.main"
+            f"--scores={directory} has neither {SCORES.manifest} nor {RUN.manifest}: expected what "
+            f"{SCORES.command} or {RUN.command} wrote"
         )
     groups, _ = pd.factorize(rows["group"], sort=True)
     rows = rows.iloc[np.lexsort((rows["example_id"], groups))].reset_index(drop=True)
@@ -192,11 +188,12 @@ def _read_scores(
 
 
 def _read_score_tables(
-    place: LocalPlace | RemotePlace, manifest: bytes
+    scoring: Directory, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, Source], pd.DataFrame]:
-    where, again = place.directory, "score it anew (gradjax.score --overwrite)"
+    place = scoring.place
+    where, again = scoring.path, "score it anew (gradjax.score --overwrite)"
     try:
-        data = json.loads(manifest)["data"]
+        data = manifest["data"]
         expected = {group: int(of["rows"]) for group, of in data.items()}
         sources = {group: Source(group, str(of["source"])) for group, of in data.items()}
         shards = [n for n in place.names("scores") if n.endswith(".parquet")]

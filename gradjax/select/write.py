@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,12 +20,14 @@ from gradjax.select.choose import HIGH, LOW, RANDOM, RANGE, Choice, choose
 from gradjax.select.rule import Rule
 from gradjax.select.sources import KEYS, Scored, chosen_rows, read_scored
 from gradjax.select.summary import format_summary, summarize
-from gradjax.storage.filesystem import LocalPlace
+from gradjax.storage.directory import Directory, Kind
+from gradjax.storage.filesystem import WORK, LocalPlace
 from gradjax.structs import PROJECTIONS
 
 SUMMARY = "summary.json"
 REJECTED = "rejected.parquet"
 _PARTS = [f"{part}.{kind}" for part in (HIGH, LOW, RANGE, RANDOM) for kind in ("jsonl", "parquet")]
+SELECTION = Kind("a selection", SUMMARY, "gradjax select", frozenset({REJECTED, *_PARTS}))
 _CHUNK = 1000  # rows made into a table at once
 _TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
 _TEXTS = pa.schema(
@@ -97,8 +98,8 @@ def write_selection(config: SelectConfig) -> Written:
       GradjaxError: if scores or rows cannot be read or do not belong together, more rows are asked
         for than there are, or the directory holds something else.
     """
-    place = LocalPlace(config.directory)
-    _require_free(place, config)
+    directory = Directory(config.directory, SELECTION)
+    _require_free(directory, config)
     logging.info("Reading scores")
     rule = config.rule
     scored = read_scored(
@@ -116,43 +117,31 @@ def write_selection(config: SelectConfig) -> Written:
     scored.keys.loc[list(characters), "length"] = list(characters.values())
     summary = summarize(scored, choice, rule)
     _warn_of_ties(choice)
+    place = directory.place
+    assert isinstance(place, LocalPlace)  # a URL is refused
     with place.lock(0):
         _write_files(place, scored, choice, lines)
-        text = json.dumps({"settings": config.settings, **summary}, indent=2) + "\n"
-        place.put(SUMMARY, text.encode())
+        directory.write_manifest({"settings": config.settings, **summary})
     return Written(config.directory, format_summary(summary, config.by))
 
 
-def _require_free(place: LocalPlace, config: SelectConfig) -> None:
+def _require_free(directory: Directory, config: SelectConfig) -> None:
     """Raises GradjaxError where a directory holds anything but a selection that may be replaced."""
-    found = set(place.names())
-    if strangers := sorted(found - {".tmp", SUMMARY, REJECTED, *_PARTS}):
-        raise GradjaxError(
-            f"{place.directory} is not a selection (found {', '.join(strangers[:3])}); give an "
-            "empty or new directory with --output_dir"
-        )
-    if config.overwrite or SUMMARY not in found:
+    directory.require_ours()
+    manifest = None if config.overwrite else directory.manifest()
+    if manifest is None:
         return
-    try:
-        there = json.loads(place.read(SUMMARY) or b"")["settings"]
-        differing = [name for name, now in config.settings.items() if there[name] != now]
-    except (ValueError, TypeError, LookupError) as error:
-        raise GradjaxError(
-            f"{place.directory / SUMMARY} is damaged ({error}); replace the selection with "
-            "--overwrite"
-        ) from error
-    if differing:
-        raise GradjaxError(
-            f"{place.directory} holds a selection with other settings ({', '.join(differing)}); "
-            "give another --output_dir, or replace it with --overwrite"
-        )
+    there = manifest.get("settings")
+    if not isinstance(there, dict):
+        raise directory.damaged("it has no settings")
+    directory.require_same("a selection", there, config.settings)
 
 
 def _write_files(
     place: LocalPlace, scored: Scored, choice: Choice, lines: Mapping[int, bytes]
 ) -> None:
     """Writes every file but the summary aside, then puts all in their places."""
-    work = place.directory / ".tmp"
+    work = place.directory / WORK
     with place.faults("write to"):
         for part, rows in choice.parts.items():
             with (work / f"{part}.jsonl").open("wb") as file:
@@ -162,10 +151,7 @@ def _write_files(
         new = sorted(path.name for path in work.iterdir() if path.name != "lock")
         old = {SUMMARY, *_PARTS} & set(place.names()) - set(new)
         place.remove(sorted(old, key=SUMMARY.__ne__))  # the summary first: it vouches for the rest
-        for name in new:
-            with (work / name).open("rb") as file:
-                os.fsync(file.fileno())
-            (work / name).replace(place.directory / name)
+    place.put_written(new)
 
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:

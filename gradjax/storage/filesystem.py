@@ -30,7 +30,7 @@ from gradjax.errors import GradjaxError
 _RENEW_SECONDS = 15.0
 _LOST_SECONDS = 45.0
 _DEAD_SECONDS = 60.0
-_WORK = ".tmp"
+WORK = ".tmp"  # of a directory of ours: locks, and files that are being written
 
 
 def open_place(directory: str | Path) -> "LocalPlace | RemotePlace":
@@ -53,9 +53,7 @@ def whole_file(target: Path, flag: str = "output") -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        _put_in_place(temporary, target)
     except OSError as error:
         raise GradjaxError(
             f"{target} cannot be written ({error.strerror}); give a writable place with room left "
@@ -90,24 +88,26 @@ class LocalPlace:
         with self.faults("read"):
             try:
                 return (self.directory / name).read_bytes()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def put(self, name: str, data: bytes) -> None:
         """Makes or replaces a file at once, after its bytes are on disk."""
-        temporary = self.directory / _WORK / name.replace("/", "-")
+        temporary = self.directory / WORK / name.replace("/", "-")
         target = self.directory / name
         with self.faults("write to"):
             try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(target)
+                temporary.write_bytes(data)
+                _put_in_place(temporary, target)
             except OSError:
                 temporary.unlink(missing_ok=True)
                 raise
-            _sync_directory(target.parent)
+
+    def put_written(self, names: Iterable[str]) -> None:
+        """Makes or replaces files, one after the other, by those of the same name in `WORK`."""
+        with self.faults("write to"):
+            for name in names:
+                _put_in_place(self.directory / WORK / name, self.directory / name)
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes files."""
@@ -129,7 +129,7 @@ class LocalPlace:
         Raises:
           GradjaxError: if another run holds it, or it cannot be written.
         """
-        work = self.directory / _WORK
+        work = self.directory / WORK
         with self.faults("write to"):
             if process == 0:
                 work.mkdir(parents=True, exist_ok=True)
@@ -289,7 +289,7 @@ class RemotePlace:
 
     def _place_lock(self) -> None:
         owner = f"{os.getpid()}-{socket.gethostname()}"
-        self._lock = f"{_WORK}/lock-{uuid.uuid4().hex}-{owner}"
+        self._lock = f"{WORK}/lock-{uuid.uuid4().hex}-{owner}"
         self._write_lock()
 
     def _write_lock(self) -> None:
@@ -302,9 +302,9 @@ class RemotePlace:
         """When each lock was last renewed, by the store's clock."""
         locks = {}
         with self.faults("read"):
-            for name in self.names(_WORK):
+            for name in self.names(WORK):
                 with suppress(FileNotFoundError):  # its process has ended since
-                    lock = f"{_WORK}/{name}"
+                    lock = f"{WORK}/{name}"
                     locks[lock] = self.filesystem.modified(self.path(lock))
         return locks
 
@@ -348,6 +348,14 @@ def _held(directory: str | Path, owner: str) -> GradjaxError:
 def _owner(lock: str) -> str:
     _, _, pid, host = lock.split("-", 3)
     return f"{pid} on {host}"
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Makes or replaces `target` at once, after the bytes of `temporary` are on disk."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    _sync_directory(target.parent)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -7,7 +7,6 @@ kept when the run is taken up again. Several processes of a run write shards of 
 
 import io
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from gradjax.errors import GradjaxError
+from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.filesystem import LocalPlace, RemotePlace, open_place
 from gradjax.structs import ExampleResult
 
@@ -82,7 +82,6 @@ _ENCODINGS: dict[str, dict[str, Any]] = {
     }
     for table, schema in TABLES.items()
 }
-MANIFEST = "run.json"
 Key = tuple[str, int]  # group, example_id
 
 
@@ -95,22 +94,32 @@ class FinishedRow(NamedTuple):
     truncated: bool
 
 
+class Found(NamedTuple):
+    """What a run's directory holds, read once, before anything is written."""
+
+    manifest: dict[str, Any]  # empty for a new run
+    shards: tuple[str, ...]  # of `examples/`
+    finished: dict[Key, FinishedRow]
+
+
+NOTHING = Found({}, (), {})
+
+
 class Store:
     """A run's directory, held by one process of one run. Made by `open_store`."""
 
     def __init__(
         self,
-        place: LocalPlace | RemotePlace,
-        manifest: dict[str, Any],
-        finished: dict[Key, FinishedRow],
+        directory: Directory,
+        found: Found,
         shard_names: Iterator[str],
         process: int,
         barrier: Callable[[], None],
     ):
-        self.directory = place.directory  # a URL as str
-        self.manifest = manifest  # empty for a new run
-        self.finished = finished  # when opened, and what this process has appended
-        self._place = place
+        self.directory = directory.path  # a URL as str
+        self.finished = dict(found.finished)  # when opened, and what this process has appended
+        self._directory = directory
+        self._place = directory.place
         self._shard_names = shard_names
         self._process = process
         self._barrier = barrier
@@ -121,8 +130,7 @@ class Store:
         Every process calls it before its first `append`: a run with tables has a manifest.
         """
         if self._process == 0:
-            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-            self._place.put(MANIFEST, text.encode())
+            self._directory.write_manifest(manifest)
         self._barrier()  # also: all hold the place, and know what was finished
 
     def append(self, results: Iterable[ExampleResult], *, singular_values: bool = True) -> None:
@@ -160,6 +168,7 @@ class Store:
 def open_store(
     directory: str | Path,
     settings: dict[str, Any],
+    found: Found | None = None,
     *,
     overwrite: bool = False,
     process: int = 0,
@@ -170,12 +179,14 @@ def open_store(
 
     Several processes of one run open it together: process 0 prepares it, the others come in, and
     all of them see the same `finished` rows. Until the last of them has left, or was killed, no
-    other run comes in. The next run may have another number of processes.
+    other run comes in. The next run may have another number of processes. What is refused changes
+    nothing: all is checked before anything is written.
 
     Args:
       directory: a path, or a URL of an object store (`s3://bucket/run`); made if missing.
       settings: what the numbers depend on; must equal the `settings` of a manifest that is
         there already.
+      found: of `find_run`, which is called where it is not given.
       overwrite: starts anew, removing the tables of an earlier run.
       process: which of the run's processes this is, from 0.
       num_processes: how many open the store together.
@@ -183,21 +194,54 @@ def open_store(
 
     Raises:
       GradjaxError: if another run writes there, if the directory holds something else, if
-        the settings differ (each is named), or if it cannot be written.
+        the settings differ (each is named), if it has changed since `found`, or if it cannot be
+        written.
     """
-    place = open_place(directory)
+    ours = Directory(directory, RUN)
+    place = ours.place
+    if found is None:
+        found = find_run(directory)
+    if overwrite:
+        found = NOTHING
     if process == 0:
-        _require_run_or_nothing(place)
+        require_run(ours, settings, found.manifest)
     else:
         barrier()  # process 0 has prepared it
     with place.lock(process):
         if process == 0:
-            _prepare(place, settings, overwrite)
+            # Another run may have come and gone meanwhile.
+            if not overwrite:
+                require_run(ours, settings, ours.manifest() or {})
+            _prepare(place, overwrite)
             barrier()
-        manifest, finished = _manifest(place) or {}, finished_rows(directory)
+        shards = _shards(place, "examples")
+        if tuple(shards) != found.shards:
+            raise GradjaxError(f"{directory} was changed while this run began; start it again")
         suffix = f"-{process:04d}" if num_processes > 1 else ""
-        names = _shard_names(_shards(place, "examples"), suffix)
-        yield Store(place, manifest, finished, names, process, barrier)
+        yield Store(ours, found, _shard_names(shards, suffix), process, barrier)
+
+
+def find_run(directory: str | Path) -> Found:
+    """What a directory holds of a run, `NOTHING` where there is none.
+
+    Raises:
+      GradjaxError: if it holds something else, or cannot be read.
+    """
+    ours = Directory(directory, RUN)
+    ours.require_ours()
+    manifest = ours.manifest()
+    if manifest is None:
+        _require_no_tables(ours)
+        return NOTHING
+    shards = tuple(_shards(ours.place, "examples"))
+    return Found(manifest, shards, finished_rows(directory) if shards else {})
+
+
+def require_run(ours: Directory, settings: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raises GradjaxError unless a run with these settings may write here."""
+    ours.require_ours()
+    if manifest:
+        ours.require_same("a run", manifest.get("settings", {}), settings)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -206,13 +250,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     Raises:
       GradjaxError: if the directory holds none.
     """
-    manifest = _manifest(open_place(directory))
-    if manifest is None:
-        raise GradjaxError(
-            f"{directory} is not a gradjax run: it has no {MANIFEST}; give the directory that "
-            "gradjax.main wrote (--output_dir)"
-        )
-    return manifest
+    return Directory(directory, RUN).require_manifest()
 
 
 def read_table(
@@ -264,58 +302,26 @@ def finished_rows(directory: str | Path) -> dict[Key, FinishedRow]:
     )
 
 
-def _manifest(place: LocalPlace | RemotePlace) -> dict[str, Any] | None:
-    text = place.read(MANIFEST)
-    try:
-        return None if text is None else json.loads(text)
-    except ValueError as error:
-        raise GradjaxError(
-            f"{place.directory}/{MANIFEST} is not valid JSON ({error}); restore it or run anew"
-        ) from error
-
-
-def _require_run_or_nothing(place: LocalPlace | RemotePlace) -> None:
-    """Raises GradjaxError where a directory holds anything but a run; leaves it untouched."""
+def _require_no_tables(ours: Directory) -> None:
     # Looked at first: a run that is just being started writes its manifest before its tables.
-    tables = any(_shards(place, table) for table in TABLES)
-    found = place.names()
-    if MANIFEST in found:
-        return
-    strangers = [name for name in found if name not in (".tmp", *TABLES)]
-    if strangers or tables:
+    tables = any(_shards(ours.place, table) for table in TABLES)
+    if tables and ours.manifest() is None:
         raise GradjaxError(
-            f"{place.directory} is not empty and not a gradjax run (found "
-            f"{', '.join(strangers[:3]) or 'tables without ' + MANIFEST}); give an empty or "
-            "new directory with --output_dir"
+            f"{ours.path} is not empty and not a gradjax run (found tables without "
+            f"{RUN.manifest}); give an empty or new directory with --output_dir"
         )
 
 
-def _prepare(place: LocalPlace | RemotePlace, settings: dict[str, Any], overwrite: bool) -> None:
-    """Leaves only finished shards, of a run with these settings."""
+def _prepare(place: LocalPlace | RemotePlace, overwrite: bool) -> None:
+    """Leaves only finished shards, none where an earlier run is replaced."""
     if overwrite:
         for table in TABLES:  # examples first, as in any store what other tables hold alone is void
             place.remove(f"{table}/{name}" for name in place.names(table))
-        place.remove({MANIFEST} & set(place.names()))
-    elif (manifest := _manifest(place)) is not None:
-        _require_same(place.directory, settings, manifest.get("settings", {}))
-
+        place.remove({RUN.manifest} & set(place.names()))
     place.make_folders(TABLES)
     whole = set(_shards(place, "examples"))
     for table in ("spectra", "similarity"):
         place.remove(f"{table}/{name}" for name in _shards(place, table) if name not in whole)
-
-
-def _require_same(directory: str | Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    differing = [
-        f"{name} ({found.get(name)!r} there, {settings.get(name)!r} now)"
-        for name in sorted({*settings, *found})
-        if settings.get(name) != found.get(name)
-    ]
-    if differing:
-        raise GradjaxError(
-            f"{directory} holds a run with other settings: {'; '.join(differing)}; use the same "
-            "settings, another --output_dir, or --overwrite to replace it"
-        )
 
 
 def _shards(place: LocalPlace | RemotePlace, table: str) -> list[str]:
