@@ -146,7 +146,7 @@ def refusals(settings: RunConfig) -> dict[str, tuple[RunConfig, str]]:
     return {
         "fewer rows": (replace(settings, limit=3), "--limit leaves out"),
         "other settings": (replace(settings, dtype="bfloat16"), "other settings: dtype"),
-        "other rows": (replace(settings, data=("rows=demo.json",)), "another row 0"),
+        "other rows": (replace(settings, data=("rows=demo.json",)), "holds another row"),
         "no such layer": (replace(settings, spectra=SpectraConfig(layers="9")), "--layers=9"),
         "no such data": (replace(settings, data=("rows=nowhere.json",)), "nowhere.json"),
         "no such model": (replace(settings, model="qwen", overwrite=True), "--model=qwen"),
