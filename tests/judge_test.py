@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,10 +99,12 @@ def examples(*instructions: str) -> list[Example]:
     return [Example("rows", i, f"{i}", text, "out") for i, text in enumerate(instructions)]
 
 
+def difficulties(scores: list[Score]) -> list[float | None]:
+    return [score.values["difficulty"] for score in scores]
+
+
 def ask(judge: Judge, *instructions: str) -> list[float | None]:
-    return [
-        score.values["difficulty"] for score in score_difficulty(judge, examples(*instructions))
-    ]
+    return difficulties(score_difficulty(judge, examples(*instructions)))
 
 
 def contents(judge: Judge) -> list[str]:
@@ -308,7 +311,7 @@ def test_a_fault_costs_its_row_alone_and_is_made_good(fault, said, asked, server
     server.behaviour = lambda p, _: fault if p == "bb" else rate(p)
     judge = make_judge(concurrency=1)
     scores = score_difficulty(judge, examples("a", "bb", "ccc"))
-    assert [score.values["difficulty"] for score in scores] == [1, None, 3]
+    assert difficulties(scores) == [1, None, 3]
     assert scores[1].reason.startswith(f"judge: {said}")
     assert contents(judge) == [rating(1), rating(3)]
     assert server.prompts == ["a", *["bb"] * asked, "ccc"]
@@ -339,8 +342,8 @@ def test_retry_after_is_kept_to(server, make_judge):
 
 def test_a_row_that_times_out_is_no_answer(server, make_judge):
     server.behaviour = lambda p, _: server.hang() if p == "bb" else rate(p)
-    scores = score_difficulty(make_judge(timeout=0.3), examples("a", "bb"))
-    reason = "judge: no answer (no reply within 0.3 s)"
+    scores = score_difficulty(make_judge(timeout=0.5), examples("a", "bb"))
+    reason = "judge: no answer (no reply within 0.5 s)"
     assert scores == [Score({"difficulty": 1}), Score({"difficulty": None}, reason=reason)]
     assert server.prompts.count("bb") == 2
 
@@ -373,17 +376,17 @@ def test_a_refused_key_or_model_stops_at_once(
     assert KEY[:12] not in str(caught.value)
 
 
-def test_what_is_being_answered_when_the_key_is_refused_is_kept(server, make_judge):
-    refused = threading.Event()
+def test_what_is_being_answered_when_the_key_is_refused_is_kept(server, make_judge, monkeypatch):
+    refused, stop = threading.Event(), Judge._stop_if_hopeless
 
-    def behaviour(prompt: str, _: int) -> Reply:
-        if prompt == "a":
-            refused.wait(30)
-            return rate(prompt)
-        threading.Timer(0.3, refused.set).start()
-        return error(401, "no")
+    def told(judge: Judge, reply: openai.APIError) -> None:
+        refused.set()
+        stop(judge, reply)
 
-    server.behaviour = behaviour
+    monkeypatch.setattr(Judge, "_stop_if_hopeless", told)
+    server.behaviour = lambda p, _: (
+        error(401, "no") if p != "a" else rate(p) if refused.wait(30) else DROP
+    )
     judge = make_judge(concurrency=2)
     with pytest.raises(GradjaxError, match="refuses"):
         ask(judge, "a", "bb", "ccc")
@@ -620,8 +623,7 @@ def test_a_round_trip_pays_nothing_twice(server, make_judge, tmp_path):
     done = [result(line["custom_id"], completion("9")) for line in reversed(asked[:2])]
     results.write_text("\n".join(done))
     assert read_batch_results(judge, results) == (2, [])
-    found = score_difficulty(judge, rows)
-    assert [score.values["difficulty"] for score in found] == [9, 9, 2, 9, 5]
+    assert difficulties(score_difficulty(judge, rows)) == [9, 9, 2, 9, 5]
     assert server.prompts == ["ddddd"]
 
 
