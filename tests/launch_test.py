@@ -148,9 +148,8 @@ class Lab:
         self, script: str, *arguments: str, status: int = 0, **environment: str
     ) -> SimpleNamespace:
         """Runs a script of launch/ and checks its exit status, and that the key stayed hidden."""
-        return self.call(
-            "bash", self.repository / "launch" / script, *arguments, status=status, **environment
-        )
+        command = ("bash", self.repository / "launch" / script, *arguments)
+        return self.call(*command, status=status, **environment)
 
     def tpu(self, command: str, *flags: str, status: int = 0) -> SimpleNamespace:
         given = [command, *TPU, "--spot", "--", *(flags or ("--model=demo",)), BUCKET]
@@ -518,39 +517,29 @@ SLURM = (*DIFFICULT, "--output_dir=runs/a run")
 
 
 def submit(lab: Lab, options: list[str], *arguments: str, status: int = 0, **where: Any) -> str:
-    """What a job says that is submitted in the repository, or where else it is said."""
+    """What a job says that is submitted in the repository, or in another `cwd`."""
     shutil.copy(lab.here / "my.flags", lab.repository)
     where = {"cwd": lab.repository, "PATH": lab.all_tools} | where
     command = [lab.played / "sbatch", *options, "launch/slurm.sbatch", *arguments]
     return lab.call(*command, status=status, **where).err
 
 
+PER_NODE = "--nodes=3 --ntasks=3 --ntasks-per-node=1 --cpus-per-task=24 --label"
+PER_GPU = "--ntasks=6 --ntasks-per-node=3 --cpus-per-task=8 --gpus-per-task=1"
+
+
 @pytest.mark.parametrize(
-    ("options", "arguments", "tasks", "expected", "devices"),
+    ("options", "per", "tasks", "expected", "devices"),
     [
-        (
-            ["--nodes=3", "--gpus=4"],
-            [],
-            3,
-            ["--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--cpus-per-task=24", "--label"],
-            "0,1,2,3",
-        ),
-        (
-            ["--nodes=2", "--gpus=3"],
-            ["--per=gpu"],
-            6,
-            ["--ntasks=6", "--ntasks-per-node=3", "--cpus-per-task=8", "--gpus-per-task=1"],
-            "0",
-        ),
-        (["--nodes=1"], [], 1, [], ""),
+        (["--nodes=3", "--gpus=4"], [], 3, PER_NODE, "0,1,2,3"),
+        (["--nodes=2", "--gpus=3"], ["--per=gpu"], 6, PER_GPU, "0"),
+        (["--nodes=1"], [], 1, "--nodes=1", ""),
     ],
 )
-def test_a_process_has_all_gpus_of_its_node_or_one(
-    lab: Lab, options, arguments, tasks, expected, devices
-):
-    submit(lab, options, *arguments, *SLURM)
+def test_a_process_has_all_gpus_of_its_node_or_one(lab, options, per, tasks, expected, devices):
+    submit(lab, options, *per, *SLURM)
     (srun,) = [call for call in lab.calls() if call[0] == "srun"]
-    assert set(expected) <= set(srun)
+    assert set(expected.split()) <= set(srun)
     assert len(lab.homes()) == tasks
     for home in lab.homes():
         assert lab.argv(home) == [AUTO, *SLURM]
