@@ -357,8 +357,9 @@ def test_flags_files_and_the_key_arrive_unharmed_on_a_pod(lab: Lab):
     for home in lab.homes(wait=True):
         assert lab.argv(home) == [AUTO, *DIFFICULT, BUCKET]
         assert (home / "token").read_text() == TOKEN
-        assert (home / "gradjax" / "environment").stat().st_mode & 0o077 == 0
-        files = home / "gradjax" / "files"
+        directory = home / "gradjax"
+        assert (directory.stat().st_mode | (directory / "environment").stat().st_mode) & 0o077 == 0
+        files = directory / "files"
         assert (home / "directory").read_text() == str(files)
         sent = [path for path in files.rglob("*") if path.is_file()]
         assert {str(path.relative_to(files)): path.read_text() for path in sent} == FILES
