@@ -66,7 +66,7 @@ def made_up_result(number: int) -> ExampleResult:
 def kill_after(files: int) -> None:
     """Ends this process, as `kill -9` does, when so many files are in place."""
     placed = itertools.count(1)
-    for kind in (filesystem.LocalPlace, filesystem_module.RemotePlace):
+    for kind in (filesystem.LocalPlace, filesystem.RemotePlace):
 
         def put(self, name: str, data: bytes, put=kind.put) -> None:
             put(self, name, data)
