@@ -86,8 +86,8 @@ def make_judge(request, tmp_path) -> Callable[..., Judge]:
     return make
 
 
-def rating(value: int, reason: str = "its length") -> str:
-    return json.dumps({"reason": reason, "difficulty": value})
+def rating(value: int) -> str:
+    return json.dumps({"reason": "its length", "difficulty": value})
 
 
 def rate(prompt: str, _: int = 1) -> Reply:
@@ -318,9 +318,9 @@ def test_a_fault_costs_its_row_alone_and_is_made_good(fault, said, asked, server
     if asked == 3:
         first, *others = [body["temperature"] for body in server.bodies[1:4]]
         assert first == 0 < min(others)
-    # Asked for again, the row alone is asked; one fault more does not matter, half a pair neither.
+    # Asked for again, the row alone is asked; one fault more, or half a surrogate pair, is fine.
     faults = asked + 1 if asked > 1 else 0
-    good = answer(rating(7, reason="\ud83d"))
+    good = answer('{"reason": "\ud83d", "difficulty": 7}')
     server.behaviour = lambda _, number: fault if number == faults else good
     for _ in range(2):
         assert ask(make_judge(concurrency=1), "a", "bb", "ccc") == [1, 7, 3]
