@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.made_up_runs import Group, write_run
 from gradjax.report.compare import adjusted, compare
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.write import ReportConfig, write_report
 from gradjax.storage.results import read_values
-from tests.made_up_runs import Group, write_run
 
 ROWS, LAYERS, VALUES = 5_000, 28, 64
 

@@ -1,8 +1,10 @@
-"""What sharding_test.py runs in processes that have 8 CPU devices: prints JSON."""
+"""What tests run in processes that have 8 CPU devices: prints JSON."""
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from logging import StreamHandler
 from pathlib import Path
@@ -26,7 +28,28 @@ from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra
 from gradjax.spectra.decompose import decomposer, device_values
 from gradjax.structs import PROJECTIONS, Factors, TokenBatch
 
+ROOT = Path(__file__).parent.parent
 LENGTHS = (7, 37, 59, 11, 23)
+
+
+def run_on_eight_devices(program: str, *arguments: str) -> dict:
+    """What a function of this file gives, run on 8 forced CPU devices."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.eight_devices", program, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def mesh_of(split: list[int]) -> Mesh:

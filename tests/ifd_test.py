@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradjax.checkpoints import resolve as registry
+from gradjax.checkpoints import resolve
 from gradjax.data.examples import to_example
 from gradjax.errors import GradjaxError
 from gradjax.score.config import Score
@@ -329,7 +329,7 @@ def test_gpt2_is_the_hubs(tmp_path, monkeypatch):
         asked.append(repo)
         return str(tmp_path)
 
-    monkeypatch.setattr(registry, "snapshot_download", download)
+    monkeypatch.setattr(resolve, "snapshot_download", download)
     model = load_language_model("gpt2")
     assert set(asked) == {"openai-community/gpt2"}
     assert (model.name, model.window, model.vocab_size) == ("gpt2", WINDOW, VOCABULARY)

@@ -14,7 +14,7 @@ from gradjax.errors import GradjaxError
 from gradjax.gradients import factored
 from gradjax.model.config import DecoderConfig, qwen2_config
 from gradjax.model.decoder import random_decoder
-from gradjax.runs import cost as plan_module
+from gradjax.runs import cost
 from gradjax.runs.cost import batch_flops, batch_memory, spectra_flops
 from gradjax.runs.run import print_plan, run
 from gradjax.sharding import one_device, parse_mesh
@@ -152,16 +152,17 @@ def test_flops_of_the_floor_are_four_per_weight_and_token():
 
 def test_spectra_cost_stops_growing_fast_beyond_the_smaller_side():
     model, config = make_config(1), SpectraConfig(projections=("k",))
-    cost = [spectra_flops(model, config, length) for length in (1000, 2000, 4000)]
-    growth = cost[2] - cost[1], cost[1] - cost[0]
+    flops = [spectra_flops(model, config, length) for length in (1000, 2000, 4000)]
+    growth = flops[2] - flops[1], flops[1] - flops[0]
     assert growth[0] == pytest.approx(2 * growth[1])  # linear
 
 
-def test_plan_of_the_demo_reads_no_weights(monkeypatch, capsys, tmp_path):
+def test_plan_of_the_demo_reads_no_weights_and_writes_nothing(monkeypatch, capsys, tmp_path):
     def fail(*_, **__):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("gradjax.runs.run.load_weights", fail)
+    monkeypatch.chdir(tmp_path)  # where a run would write to runs/demo
     print_plan(RunConfig(limit=5, batch_tokens=256, mesh="data:2,fsdp:2"))
     text = capsys.readouterr().out
     for word in ("rows        15", "padding", "batches", "4 (data:2,fsdp:2,tensor:1)", "weights"):
@@ -180,7 +181,7 @@ def test_plan_of_the_demo_reads_no_weights(monkeypatch, capsys, tmp_path):
 def test_run_that_cannot_fit_is_refused_with_what_would_help(
     mebibytes, remedy, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(plan_module, "device_memory", lambda: mebibytes * 2**20)
+    monkeypatch.setattr(cost, "device_memory", lambda: mebibytes * 2**20)
     config = RunConfig(limit=30, output_dir=tmp_path / "run", spectra=SpectraConfig(layers="3"))
     with pytest.raises(GradjaxError, match=remedy):
         run(config)
@@ -191,7 +192,7 @@ def test_weights_of_registered_sizes():
     model = dataclasses.replace(make_config(28), tied_embeddings=False)
     sizes = {"vocab_size": 152064, "hidden_size": 3584, "mlp_size": 18944}
     model = dataclasses.replace(model, **sizes, num_heads=28, num_kv_heads=4, head_dim=128)
-    assert plan_module.weight_bytes(model, 2, ALONE) == 2 * 7_615_616_512  # Qwen2.5-7B
+    assert cost.weight_bytes(model, 2, ALONE) == 2 * 7_615_616_512  # Qwen2.5-7B
 
 
 def test_truncated_rows_are_planned_as_cut(capsys):

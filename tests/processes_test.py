@@ -14,7 +14,7 @@ import pytest
 from gradjax.distributed import join
 from gradjax.errors import GradjaxError
 from gradjax.storage.store import finished_rows
-from tests.run_test import start, tables
+from tests.whole_runs import start, tables
 
 ROWS = 36
 

@@ -15,6 +15,7 @@ from scipy.stats import mannwhitneyu
 from statsmodels.stats.multitest import multipletests
 
 import gradjax
+from benchmarks.made_up_runs import SIDES, Group, write_run
 from gradjax.errors import GradjaxError
 from gradjax.report.compare import COLUMNS, compare, difference, sentence
 from gradjax.report.published import published
@@ -22,7 +23,6 @@ from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.write import ReportConfig, write_report
 from gradjax.storage.results import RunValues, example_values, read_values
 from gradjax.structs import PROJECTIONS
-from tests.made_up_runs import SIDES, Group, write_run
 
 ROOT = Path(__file__).parent.parent
 STATISTICS = ("nuclear_norm", "effective_rank", "normalized_effective_rank", "loss")

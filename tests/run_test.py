@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -29,51 +27,21 @@ from gradjax.runs.manifest import git_revision
 from gradjax.runs.run import run
 from gradjax.storage.results import format_table, group_means, rows_to_come, unused_rows
 from gradjax.storage.store import TABLES, open_store, read_manifest, read_table
+from tests.whole_runs import MAIN, start, tables
 
 pytestmark = pytest.mark.smoke
 
 # Small and quick, and still several batches of several lengths.
 SMALL = SpectraConfig(layers="2-3")
-# A process that writes a shard per batch, so that it can be stopped between two.
-MAIN = """
-import sys
-from gradjax.cli import app, spectra
-from gradjax.runs import progress
-progress._FLUSH_SECONDS = 0
-app.start(spectra.main)
-"""
 SMALL_FILES = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 """
-FLAGS = ("--limit=12", "--batch_tokens=128", "--layers=2-3")
 
 
 def config(output_dir: Path, **changes) -> RunConfig:
     defaults = {"spectra": SMALL, "limit": 5, "output_dir": output_dir}
     return RunConfig(**{**defaults, **changes})
-
-
-def start(output_dir: Path, *flags: str, code: str = MAIN, **options) -> subprocess.Popen:
-    command = [sys.executable, "-c", code, f"--output_dir={output_dir}", *FLAGS, *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, **options)
-
-
-def tables(directory: Path) -> dict[str, pd.DataFrame]:
-    """The store's tables in one order, arrays as tuples, so that frames compare whole."""
-    found = {}
-    for table, schema in TABLES.items():
-        frame = read_table(directory, table).to_pandas()
-        if "singular_values" in frame:
-            frame["singular_values"] = frame["singular_values"].map(tuple)
-        keys = [name for name in schema.names if name in _KEYS]
-        found[table] = frame.sort_values(keys).reset_index(drop=True)
-        assert not found[table].duplicated(keys).any()
-    return found
-
-
-_KEYS = ("group", "example_id", "layer", "kind", "projection", "layer_a", "layer_b")
 
 
 @pytest.fixture(scope="module")

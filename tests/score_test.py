@@ -94,9 +94,8 @@ def test_a_killed_scoring_goes_on(rows, tmp_path):
     program = f"""
 import os, signal
 from gradjax.score import run
+from gradjax.score.config import ScoreConfig
 from gradjax.storage.filesystem import LocalPlace
-from tests.score_test import config
-from pathlib import Path
 run._CHUNK_ROWS = 1
 put = LocalPlace.put
 def put_and_die(place, name, data):
@@ -104,7 +103,8 @@ def put_and_die(place, name, data):
     if name == "parts/perplexity/000001.parquet":
         os.kill(os.getpid(), signal.SIGKILL)
 LocalPlace.put = put_and_die
-run.score(config(Path({str(rows)!r}), Path({str(killed)!r})))
+data, output = ({f"g={rows}"!r},), {str(killed)!r}
+run.score(ScoreConfig(("perplexity",), data, output, ifd_model="demo"))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent)
     assert done.returncode == -9

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.made_up_runs import Group, write_run
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, read_rows, row_hash
 from gradjax.errors import GradjaxError
@@ -23,7 +24,6 @@ from gradjax.select.choose import choose, nearest_free
 from gradjax.select.rule import Rule, parse_amount, parse_range, parse_terms
 from gradjax.select.sources import read_scored
 from gradjax.select.write import SelectConfig, write_selection
-from tests.made_up_runs import Group, write_run
 
 ROOT = Path(__file__).parent.parent
 

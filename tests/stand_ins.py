@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 FOLDER = Path(os.environ["STAND_INS"])
 WORKERS = FOLDER / "workers"
@@ -39,7 +39,7 @@ plan = read("plan.json")
 state = {"exists": False, "life": -1, "looks": 0, "statuses": 0} | read("state.json")
 
 
-def leave(status: int = 0, *, output: str = "", error: str = "") -> None:
+def leave(status: int = 0, *, output: str = "", error: str = "") -> NoReturn:
     """Ends the call, keeping the state."""
     (FOLDER / "state.json").write_text(json.dumps(state))
     print(output, end="")
@@ -52,19 +52,11 @@ def flag(arguments: list[str], name: str) -> str:
     return next(a.partition("=")[2] for a in arguments if a.startswith(f"--{name}="))
 
 
-def for_life(name: str) -> Any:
-    values = plan[name]
-    return values[min(state["life"], len(values) - 1)]
-
-
-# --- Machines ---
-
-
-def make_workers() -> None:
-    for index in range(plan["workers"]):
-        home = WORKERS / f"w-{index}"
-        home.mkdir(parents=True)
-        (home / "behaviour").write_text(str(for_life("mains")))
+def make_worker(name: str, behaviour: object = 0) -> Path:
+    home = WORKERS / name
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "behaviour").write_text(str(behaviour))
+    return home
 
 
 def kill_workers() -> None:
@@ -77,46 +69,56 @@ def kill_workers() -> None:
 def bash(command: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command on another machine, of which only HOME and PATH are known."""
     given = {"HOME": str(home), "PATH": os.environ["WORKER_PATH"], "LC_ALL": "C.UTF-8"}
-    return subprocess.run(
-        ["bash", "-c", command],
-        cwd=home,
-        env=given | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    return subprocess.run(["bash", "-c", command], cwd=home, env=given | environment, **pipes)
 
 
-def request(arguments: list[str]) -> None:
-    match arguments[0]:
-        case "create":
-            if "refuse" in plan:
-                leave(1, error=plan["refuse"])
-            if state["exists"]:
-                leave(1, error="ERROR: ALREADY_EXISTS\n")
+def at(values: list[Any], index: int) -> Any:
+    """One after another, the last one from then on."""
+    return values[min(index, len(values) - 1)]
+
+
+def gcloud(arguments: list[str]) -> None:
+    match arguments:
+        case ["compute", "tpus", "queued-resources", "create", *_]:
+            if "refuse" in plan or state["exists"]:
+                leave(1, error=plan.get("refuse", "ERROR: ALREADY_EXISTS\n"))
             state.update(exists=True, life=state["life"] + 1, looks=0)
-            make_workers()
-        case "delete":
+            for index in range(plan["workers"]):
+                make_worker(f"w-{index}", at(plan["mains"], state["life"]))
+        case ["compute", "tpus", "queued-resources", "delete", *_]:
             state["exists"] = False
             kill_workers()
-        case "describe" if "failedData" in flag(arguments, "format"):
-            leave(output="no capacity\n")
-        case "describe":
+        case ["compute", "tpus", "queued-resources", "describe", *rest]:
+            if "failedData" in flag(rest, "format"):
+                leave(output="no capacity\n")
             state["unseen"] = state.get("unseen", plan.get("unseen", 0)) - 1
             if not state["exists"] or state["unseen"] >= 0:
                 leave(1, error="ERROR: NOT_FOUND: Resource was not found\n")
-            states = for_life("lives")
-            found = states[min(state["looks"], len(states) - 1)]
+            found = at(at(plan["lives"], state["life"]), state["looks"])
             state["looks"] += 1
             if found == "SUSPENDED":
                 kill_workers()
-            leave(output=found + "\n")
-    leave()
+            leave(output=f"{found}\n")
+        case ["compute", "tpus", "tpu-vm", "describe", *_]:
+            leave(output=f"{plan.get('node', 'READY') if state['life'] == 0 else 'READY'}\n")
+        case ["compute", "tpus", "tpu-vm", "ssh", _, *rest]:
+            ssh(flag(rest, "command"), sorted(WORKERS.glob("*")))
+        case ["compute", "tpus", "tpu-vm", "scp", *rest]:
+            *sources, destination = [a for a in rest if not a.startswith("--")]
+            worker = flag(rest, "worker")
+            if worker != "all":
+                shutil.copy(WORKERS / f"w-{worker}" / sources[0].partition(":")[2], destination)
+            for home in WORKERS.glob("*") if worker == "all" else ():
+                for source in sources:
+                    shutil.copy(source, home / destination.partition(":")[2])
+        case ["storage", "rsync", "--recursive", _, destination, *_]:
+            (Path(destination) / "run.json").write_text("{}")
+        case _:
+            leave(2, error=f"unexpected: {arguments}\n")
 
 
-def ssh(arguments: list[str]) -> None:
-    homes = sorted(WORKERS.glob("*"))
-    command = flag(arguments, "command")
+def ssh(command: str, homes: list[Path]) -> None:
     if not homes:
         leave(1, error="ERROR: there is no such TPU\n")
     results = [bash(command, home) for home in homes]
@@ -124,44 +126,9 @@ def ssh(arguments: list[str]) -> None:
         state["statuses"] += 1
         if state["statuses"] >= plan.get("finish_after", sys.maxsize):
             for home in homes:
-                (home / "behaviour").write_text("0")
-    leave(
-        max(result.returncode for result in results),
-        output="".join(result.stdout for result in results),
-        error="".join(result.stderr for result in results),
-    )
-
-
-def scp(arguments: list[str]) -> None:
-    *sources, destination = [a for a in arguments if not a.startswith("--")]
-    worker = flag(arguments, "worker")
-    if worker == "all":
-        for home in WORKERS.glob("*"):
-            for source in sources:
-                shutil.copy(source, home / destination.partition(":")[2])
-    else:
-        shutil.copy(WORKERS / f"w-{worker}" / sources[0].partition(":")[2], destination)
-    leave()
-
-
-def gcloud(arguments: list[str]) -> None:
-    match arguments:
-        case ["compute", "tpus", "queued-resources", *rest]:
-            request(rest)
-        case ["compute", "tpus", "tpu-vm", "describe", *_]:
-            node = plan.get("node", "READY") if state["life"] == 0 else "READY"
-            leave(output=node + "\n")
-        case ["compute", "tpus", "tpu-vm", "ssh", _, *rest]:
-            ssh(rest)
-        case ["compute", "tpus", "tpu-vm", "scp", *rest]:
-            scp(rest)
-        case ["storage", "rsync", "--recursive", _, destination, *_]:
-            (Path(destination) / "run.json").write_text("{}")
-            leave()
-    leave(2, error=f"unexpected: {arguments}\n")
-
-
-# --- A cluster ---
+                make_worker(home.name)
+    output, error = ("".join(getattr(r, name) for r in results) for name in ("stdout", "stderr"))
+    leave(max(result.returncode for result in results), output=output, error=error)
 
 
 def xpk(arguments: list[str]) -> None:
@@ -170,47 +137,38 @@ def xpk(arguments: list[str]) -> None:
             leave(output="Jobset Name\n")
         case ["workload", "delete"]:
             state["exists"] = False
-            leave()
         case ["workload", "create"]:
             if state["exists"]:
                 leave(1, error="already exists, XPK will not create this workload\n")
             state.update(exists=True, jobset="StartupPolicyCompleted")
-            pod = WORKERS / "pod"
-            shutil.rmtree(pod, ignore_errors=True)
-            shutil.copytree(flag(arguments, "script-dir"), pod)
-            (pod / "behaviour").write_text("0")
-            environment = {}
-            if any(a.startswith("--env-file=") for a in arguments):
-                names = Path(flag(arguments, "env-file")).read_text().split()
-                environment = {name: os.environ[name] for name in names}
+            shutil.rmtree(WORKERS / "pod", ignore_errors=True)
+            shutil.copytree(flag(arguments, "script-dir"), WORKERS / "pod")
+            files = [a.partition("=")[2] for a in arguments if a.startswith("--env-file=")]
+            names = [name for file in files for name in Path(file).read_text().split()]
             # As Kubernetes reads a container's command.
             command = re.sub(r"\$\$|\$\(\w+\)", lambda m: m[0][:1], flag(arguments, "command"))
-            result = bash(f"({command})", pod, **environment)
+            environment = {name: os.environ[name] for name in names}
+            result = bash(f"({command})", make_worker("pod"), **environment)
             leave(output="" if result.returncode == 0 else result.stderr)
-    leave(2, error=f"unexpected: {arguments}\n")
+        case _:
+            leave(2, error=f"unexpected: {arguments}\n")
 
 
 def kubectl(arguments: list[str]) -> None:
     if arguments[:2] == ["get", "jobset"] and state["exists"]:
         leave(output=f"{arguments[2]}:{state['jobset']}")
-    leave()
-
-
-# --- Slurm ---
 
 
 def sbatch(arguments: list[str]) -> None:
     script = next(i for i, a in enumerate(arguments) if a.endswith(".sbatch"))
-    options, rest = arguments[:script], arguments[script + 1 :]
-    spool = FOLDER / "slurm_script"
-    shutil.copy(arguments[script], spool)
+    spool = shutil.copy(arguments[script], FOLDER / "slurm_script")
     job = {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": os.getcwd(), "SLURM_CPUS_ON_NODE": "24"}
-    for option in options:
-        name, _, value = option.removeprefix("--").partition("=")
-        job |= {"nodes": {"SLURM_JOB_NUM_NODES": value}, "gpus": {"SLURM_GPUS_ON_NODE": value}}[
-            name
-        ]
-    leave(subprocess.run(["bash", spool, *rest], env=os.environ | job).returncode)
+    names = {"--nodes": "SLURM_JOB_NUM_NODES", "--gpus": "SLURM_GPUS_ON_NODE"}
+    for option in arguments[:script]:
+        name, _, value = option.partition("=")
+        job[names[name]] = value
+    done = subprocess.run(["bash", spool, *arguments[script + 1 :]], env=os.environ | job)
+    leave(done.returncode)
 
 
 def srun(arguments: list[str]) -> None:
@@ -218,12 +176,8 @@ def srun(arguments: list[str]) -> None:
     options, command = arguments[:count], arguments[count:]
     nodes, per_node = int(flag(options, "nodes")), int(flag(options, "ntasks-per-node"))
     for task in range(nodes * per_node):
-        home = WORKERS / f"task-{task}"
-        home.mkdir(parents=True)
-        (home / "behaviour").write_text("0")
-        environment = {"HOME": str(home), "SLURM_LOCALID": str(task % per_node)}
-        subprocess.run(command, env=os.environ | environment, check=True)
-    leave()
+        there = {"HOME": str(make_worker(f"task-{task}")), "SLURM_LOCALID": str(task % per_node)}
+        subprocess.run(command, env=os.environ | there, check=True)
 
 
 if __name__ == "__main__":
@@ -232,3 +186,4 @@ if __name__ == "__main__":
         file.write(json.dumps([name, *arguments]) + "\n")
     plays = {"gcloud": gcloud, "xpk": xpk, "kubectl": kubectl, "sbatch": sbatch, "srun": srun}
     plays[name](arguments)
+    leave()

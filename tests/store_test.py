@@ -19,7 +19,7 @@ from absl import logging
 import gradjax
 from gradjax.config import RunConfig
 from gradjax.errors import GradjaxError
-from gradjax.storage import filesystem as places
+from gradjax.storage import filesystem
 from gradjax.storage.reference import export
 from gradjax.storage.results import group_means
 from gradjax.storage.store import TABLES, finished_rows, open_store, read_manifest, read_table
@@ -131,14 +131,14 @@ def require_whole(directory: Directory, whole: dict[str, pd.DataFrame]) -> None:
 
 def files(directory: Directory) -> list[str]:
     """Everything there, relative to the directory."""
-    filesystem, root = fsspec.url_to_fs(str(directory), use_listings_cache=False)
-    return sorted(path.removeprefix(f"{root}/") for path in filesystem.find(root))
+    fs, root = fsspec.url_to_fs(str(directory), use_listings_cache=False)
+    return sorted(path.removeprefix(f"{root}/") for path in fs.find(root))
 
 
 @pytest.fixture
 def killed_count_as_dead(monkeypatch) -> None:
     """The lock of a killed process is not waited for."""
-    monkeypatch.setattr(places, "_DEAD_SECONDS", 0)
+    monkeypatch.setattr(filesystem, "_DEAD_SECONDS", 0)
 
 
 class TestTables:
@@ -267,9 +267,9 @@ class TestResuming:
         assert list(finished_rows(directory)) == [("rows", 4)]
 
     def test_something_else_is_left_alone(self, directory):
-        filesystem, root = fsspec.url_to_fs(str(directory))
-        filesystem.makedirs(root, exist_ok=True)
-        filesystem.pipe_file(f"{root}/thesis.tex", b"years of work")
+        fs, root = fsspec.url_to_fs(str(directory))
+        fs.makedirs(root, exist_ok=True)
+        fs.pipe_file(f"{root}/thesis.tex", b"years of work")
         for overwrite in (False, True):
             with pytest.raises(GradjaxError, match=r"not a gradjax run \(found thesis.tex\)"):
                 open_store(directory, {}, overwrite=overwrite).__enter__()
@@ -310,7 +310,7 @@ class TestReadingWhileOthersWrite:
 
 class TestOneRunAtATime:
     def test_second_run_is_refused(self, start, directory, monkeypatch):
-        monkeypatch.setattr(places, "_RENEW_SECONDS", 0.2)
+        monkeypatch.setattr(filesystem, "_RENEW_SECONDS", 0.2)
         (writer,) = start_together(start, directory, {})
         with pytest.raises(GradjaxError, match=f"written by process {writer.process.pid} on "):
             open_store(directory, SETTINGS).__enter__()
@@ -319,7 +319,7 @@ class TestOneRunAtATime:
             assert len(store.finished) == ROWS
 
     def test_second_run_is_refused_while_any_process_lives(self, start, directory, monkeypatch):
-        monkeypatch.setattr(places, "_RENEW_SECONDS", 0.2)
+        monkeypatch.setattr(filesystem, "_RENEW_SECONDS", 0.2)
         first, second = start_together(start, directory, {}, {})
         assert first.finish() == 0
         with pytest.raises(GradjaxError, match=f"written by process {second.process.pid} on "):
@@ -331,8 +331,8 @@ class TestOneRunAtATime:
     def test_lock_of_a_killed_process_is_waited_for(self, start, bucket, monkeypatch):
         url = f"{bucket}/killed"
         assert start(url, files=4).finish() == -9
-        monkeypatch.setattr(places, "_RENEW_SECONDS", 0.5)
-        monkeypatch.setattr(places, "_DEAD_SECONDS", 4)
+        monkeypatch.setattr(filesystem, "_RENEW_SECONDS", 0.5)
+        monkeypatch.setattr(filesystem, "_DEAD_SECONDS", 4)
         said = []
         monkeypatch.setattr(logging, "info", lambda text, *values: said.append(text % values))
         with open_store(url, SETTINGS) as store:
@@ -342,7 +342,7 @@ class TestOneRunAtATime:
 
     def test_process_that_may_have_lost_its_lock_writes_no_more(self, bucket, monkeypatch):
         with open_store(f"{bucket}/lost", SETTINGS) as store:
-            monkeypatch.setattr(places, "_LOST_SECONDS", -1)
+            monkeypatch.setattr(filesystem, "_LOST_SECONDS", -1)
             with pytest.raises(GradjaxError, match=r"another run may have taken it over"):
                 store.append([made_up_result(3)])
         assert files(f"{bucket}/lost") == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradjax.storage import filesystem as places
+from gradjax.storage import filesystem
 from gradjax.storage.store import open_store
 from gradjax.structs import (
     PROJECTIONS,
@@ -66,7 +66,7 @@ def made_up_result(number: int) -> ExampleResult:
 def kill_after(files: int) -> None:
     """Ends this process, as `kill -9` does, when so many files are in place."""
     placed = itertools.count(1)
-    for kind in (places.LocalPlace, places.RemotePlace):
+    for kind in (filesystem.LocalPlace, filesystem.RemotePlace):
 
         def put(self, name: str, data: bytes, put=kind.put) -> None:
             put(self, name, data)
@@ -99,8 +99,8 @@ def write(
             connection.recv()
 
     os.environ.update(environment)
-    places._RENEW_SECONDS = 0.2
-    places._DEAD_SECONDS = dead_seconds
+    filesystem._RENEW_SECONDS = 0.2
+    filesystem._DEAD_SECONDS = dead_seconds
     if files is not None:
         kill_after(files)
     with open_store(

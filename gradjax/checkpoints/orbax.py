@@ -104,7 +104,16 @@ def load_converted(
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+    # Orbax's default also keeps a table of the arrays. Where one of them cannot be read, the table
+    # is left half read, and Python complains of that much later (`... was never awaited`).
+    arrays = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None))
+    )
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_compression=False, type_handler_registry=arrays
+        )
+    )
 
 
 def _leaf(decoder: Decoder, path: str) -> jax.Array:

@@ -77,11 +77,12 @@ def _results(name: str, group: Group, layers: int, values: int) -> Iterator[Exam
             for layer in range(layers)
             for projection in PROJECTIONS
         )
-        cosines = [
-            *(("same_layer", f"{a}-{b}", i, i) for i in range(layers) for a, b in SAME_LAYER_PAIRS),
-            *(("cross_layer", p, i, i + 1) for i in range(layers - 1) for p in PROJECTIONS),
-        ]
-        similarity = tuple(Similarity(*pair, rng.normal(scale=0.01)) for pair in cosines)
+        same = [(f"{a}-{b}", i, i) for i in range(layers) for a, b in SAME_LAYER_PAIRS]
+        cross = [(p, i, i + 1) for i in range(layers - 1) for p in PROJECTIONS]
+        similarity = (
+            *(Similarity("same_layer", *pair, rng.normal(scale=0.01)) for pair in same),
+            *(Similarity("cross_layer", *pair, rng.normal(scale=0.01)) for pair in cross),
+        )
         yield ExampleResult(tokenized, "ok", "", float(norm) * 2, spectra, similarity)
     for number in range(len(group.target), len(group.target) + group.empty):
         tokenized = dataclasses.replace(_tokenized(name, number, 5, 0), status="empty_response")
