@@ -7,7 +7,6 @@ matrix product of the forward pass happens once: norms, activations and the atte
 are recomputed from what was kept, through `jax.vjp`.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -256,8 +255,7 @@ def mask_padding(factors: Factors, lengths: Int[Array, " B"]) -> Factors:
     """Factors with the rows of padded tokens set to zero."""
     length = factors.q.shape[1]
     real = (jnp.arange(length, dtype=lengths.dtype) < lengths[:, None])[..., None]
-    return dataclasses.replace(
-        factors,
+    return factors._replace(
         x_qkv=jnp.where(real, factors.x_qkv, 0),
         x_o=jnp.where(real, factors.x_o, 0),
     )

@@ -210,7 +210,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     if manifest is None:
         raise GradjaxError(
             f"{directory} is not a gradjax run: it has no {MANIFEST}; give the directory that "
-            "gradjax.main wrote (--output_dir)"
+            "gradjax spectra wrote (--output_dir)"
         )
     return manifest
 
