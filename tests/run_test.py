@@ -32,10 +32,10 @@ SMALL = SpectraConfig(layers="2-3")
 # A process that writes a shard per batch, so that it can be stopped between two.
 MAIN = """
 import sys
-from gradjax.cli import app, spectra
+from gradjax.cli.app import main
 from gradjax.runs import progress
 progress._FLUSH_SECONDS = 0
-app.start(spectra.main)
+main(["spectra", *sys.argv[1:]])
 """
 SMALL_FILES = """
 import resource

@@ -118,8 +118,10 @@ def parse_flags(
     # The same flag objects in one place: what is unknown here is a flag of neither.
     known = flags.FlagValues()
     known.append_flag_values(own)
-    if own is not flags.FLAGS:
-        known.append_flag_values(flags.FLAGS)
+    for module, of_module in flags.FLAGS.flags_by_module_dict().items():
+        for flag in of_module if module.startswith("absl.") else ():
+            if flag.name not in known:
+                known[flag.name] = flag
     name, *arguments = argv
     try:
         rest = known([name, *_find_flagfiles(arguments)])

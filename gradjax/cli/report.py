@@ -57,7 +57,7 @@ COMMAND = Command(
     examples=(
         "gradjax report --run=runs/demo --compare=slow:fast",
         "gradjax report --run=runs/mine --equal_length_run=runs/mine_64",
-        "gradjax report --run=runs/qwen2.5_1.5b --run=runs/gemma2_2b --compare=high:low",
+        "gradjax report --run=runs/by_qwen --run=runs/by_gemma --compare=high:low",
         "gradjax report --run=runs/mine --compare=a:b --published=wizardlm/ifd_gpt2",
     ),
     details=DETAILS,

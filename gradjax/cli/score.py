@@ -123,7 +123,7 @@ COMMAND = Command(
     summary="Scores rows: IFD, perplexity, reward, InsTag, difficulty.",
     examples=(
         "gradjax score --data=rows.jsonl --metrics=ifd --output_dir=scores/rows",
-        "gradjax score --data=rows.jsonl --metrics=reward,difficulty --judge_model=gpt-4o",
+        "gradjax score --data=rows.jsonl --metrics=difficulty --judge_model=gpt-4o",
         "gradjax score --run=runs/rows --layers=0-9 --output_dir=scores/gradients",
     ),
     details=DETAILS,
