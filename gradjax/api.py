@@ -1,4 +1,4 @@
-"""The public Python API: what `gradjax.main` itself is made of."""
+"""The public Python API: what `gradjax spectra` itself is made of."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ def gradient_spectra(
       examples: rows as dicts: `instruction`/`output` (and `input`), `messages`, or
         `conversations`. They are numbered from 0 in the results.
       batch_tokens: padded tokens computed at once; by backend if None.
-      **settings: as the flags of `gradjax.main`: `prompt_format`, `max_length`, `truncation`,
+      **settings: as the flags of `gradjax spectra`: `prompt_format`, `max_length`, `truncation`,
         `target_tokens`, `spectrum`, `spectrum_route`, `layers`, `projections`, `similarity`.
 
     Returns:
@@ -96,7 +96,7 @@ class Run:
         Args:
           high, low: groups of the run; a gap is high − low.
           equal_length: a run of the same rows with `--target_tokens`.
-          layers: as `--layers` of `gradjax.main`; an example's value is its mean over them.
+          layers: as `--layers` of `gradjax spectra`; an example's value is its mean over them.
 
         Returns:
           The rows and columns of the report's `comparisons.csv`; see gradjax/report/length.py
@@ -114,7 +114,7 @@ class Run:
 
 
 def open_run(directory: str | Path) -> Run:
-    """Opens a run that `gradjax.main` wrote, finished or not.
+    """Opens a run that `gradjax spectra` wrote, finished or not.
 
     Args:
       directory: a path, or the URL of a run in an object store (`s3://bucket/run`).

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.structs import PROJECTIONS, Projection
 
 PromptFormat = Literal["plain", "chat"]
@@ -94,7 +94,7 @@ class SpectraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run of `gradjax.main`.
+    """A whole run of `gradjax spectra`.
 
     Raises:
       GradjaxError: naming the flag, what was found and what was expected.
@@ -158,7 +158,10 @@ def select(kind: type[Settings], values: Mapping[str, Any], **parts: Any) -> Set
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise GradjaxError(f"--{name}={value}: expected one of {', '.join(choices)}")
+        raise GradjaxError(
+            f"--{name}={value}: expected one of {', '.join(choices)}"
+            f"{did_you_mean(str(value), choices)}"
+        )
 
 
 def _require_at_least(name: str, value: int | None, least: int) -> None:

@@ -1,7 +1,8 @@
 """`python -m gradjax.convert`: another name of `gradjax convert`."""
 
-from gradjax.cli.app import start
-from gradjax.cli.convert import main
+import sys
+
+from gradjax.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["convert", *sys.argv[1:]])

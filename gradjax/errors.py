@@ -1,5 +1,8 @@
 """The one exception for faults of a run: one sentence a user can act on."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class GradjaxError(Exception):
     """A run cannot go on: the model, the data, a flag or the disk is at fault.
@@ -13,6 +16,16 @@ class GradjaxError(Exception):
 def out_of_memory(error: Exception) -> bool:
     """Whether an exception of JAX or Python says that memory ran out."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def did_you_mean(word: str, known: Iterable[object]) -> str:
+    """` (did you mean NAME?)`, to be put behind a word that is none of the known names.
+
+    Empty where no name is near. Small and capital letters, `-` and `_` are alike.
+    """
+    names = {str(name).lower().replace("-", "_"): name for name in known}
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), names, n=1)
+    return f" (did you mean {names[close[0]]}?)" if close else ""
 
 
 # What only an extra of the package installs, by the name that is imported.

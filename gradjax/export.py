@@ -1,7 +1,8 @@
 """`python -m gradjax.export`: another name of `gradjax export`."""
 
-from gradjax.cli.app import start
-from gradjax.cli.export import main
+import sys
+
+from gradjax.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["export", *sys.argv[1:]])

@@ -1,7 +1,8 @@
 """`python -m gradjax.main`: another name of `gradjax spectra`."""
 
-from gradjax.cli.app import start
-from gradjax.cli.spectra import main
+import sys
+
+from gradjax.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["spectra", *sys.argv[1:]])

@@ -1,7 +1,8 @@
 """`python -m gradjax.prepare`: another name of `gradjax prepare`."""
 
-from gradjax.cli.app import start
-from gradjax.cli.prepare import main
+import sys
+
+from gradjax.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["prepare", *sys.argv[1:]])

@@ -19,10 +19,12 @@ Gradients have PyTorch's orientation (out, in): `G = Δᵀ X`.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax  # flags and their help need the names of this file, and nothing of JAX
 
 Projection = Literal["q", "k", "v", "o"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
@@ -104,22 +106,20 @@ class TokenBatch:
     lengths: np.ndarray  # int32 [B]; 0 for filler
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """What one layer's gradients are made of: `G = Δᵀ X` per projection and example.
 
-    q, k and v share their input.
+    q, k and v share their input. JAX sees a tree of six arrays.
     """
 
-    x_qkv: jax.Array  # [B, T, D] input of q, k and v
-    x_o: jax.Array  # [B, T, Q] input of o
-    q: jax.Array  # [B, T, Q] cotangent of q's output
-    k: jax.Array  # [B, T, C]
-    v: jax.Array  # [B, T, C]
-    o: jax.Array  # [B, T, D]
+    x_qkv: "jax.Array"  # [B, T, D] input of q, k and v
+    x_o: "jax.Array"  # [B, T, Q] input of o
+    q: "jax.Array"  # [B, T, Q] cotangent of q's output
+    k: "jax.Array"  # [B, T, C]
+    v: "jax.Array"  # [B, T, C]
+    o: "jax.Array"  # [B, T, D]
 
-    def of(self, projection: Projection) -> tuple[jax.Array, jax.Array]:
+    def of(self, projection: Projection) -> "tuple[jax.Array, jax.Array]":
         """(X [B, T, I], Δ [B, T, O]) of one projection."""
         x = self.x_o if projection == "o" else self.x_qkv
         return x, getattr(self, projection)

@@ -55,7 +55,12 @@ def main(*flags: str) -> subprocess.CompletedProcess:
 
 def test_help_teaches():
     shown = main("--help").stdout
-    for words in ("--data", "GROUP: the file's stem", "runs/{model}", "python -m gradjax.main --m"):
+    for words in (
+        "--data",
+        "GROUP: the file's stem",
+        "runs/{model}-{groups}",
+        "gradjax spectra --m",
+    ):
         assert words in shown
 
 
@@ -65,7 +70,7 @@ def test_help_teaches():
         (["rows.json"], "unexpected argument 'rows.json'"),
         (["--limit=0"], "--limit=0: expected a number of at least 1"),
         (["--model=gemma2_3b"], "gemma2_2b"),
-        (["--data=nowhere.json"], "nowhere.json"),
+        (["--model=demo", "--data=nowhere.json"], "nowhere.json"),
         (["--layers=9"], "--layers=9: 9 is not within this model's layers, 0 to"),
     ],
 )

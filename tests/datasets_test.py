@@ -391,10 +391,10 @@ class TestHub:
             write_sample(DATASETS[name], None, 5, 3, tmp_path / "an out.jsonl")
         said = str(raised.value)
         assert "\n" not in said
-        command = shlex.split(said[said.index("python -m gradjax.prepare ") :])
-        assert command[3] == f"--dataset={name}"
-        assert command[4] in ("--source=FILE", "--source=DIR")
-        assert command[5:] == ["--sample=5", "--seed=3", f"--output={tmp_path / 'an out.jsonl'}"]
+        command = shlex.split(said[said.index("gradjax prepare ") :])
+        assert command[2] == f"--dataset={name}"
+        assert command[3] in ("--source=FILE", "--source=DIR")
+        assert command[4:] == ["--sample=5", "--seed=3", f"--output={tmp_path / 'an out.jsonl'}"]
         if repo := DATASETS[name].repo:
             assert f"hf download {repo} --repo-type dataset --revision " in said
             assert f"https://huggingface.co/datasets/{repo}" in said

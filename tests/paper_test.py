@@ -14,6 +14,9 @@ import pandas as pd
 import pytest
 
 from gradjax.checkpoints.resolve import REGISTRY
+from gradjax.cli import score, spectra
+from gradjax.cli.app import COMMANDS
+from gradjax.cli.command import parse_flags
 from gradjax.data.catalog import DATASETS
 from tests.fake_endpoint import Reply, answer, fake_endpoint
 
@@ -106,26 +109,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[str]
     return commands(result.out)
 
 
-# In a process of its own, since programs may define flags of one name.
-PARSE = """
-import importlib, json, sys
-from absl import flags
-
-module = importlib.import_module(sys.argv[1])
-for line in sys.stdin:
-    flags.FLAGS.unparse_flags()
-    rest = flags.FLAGS(["program", *json.loads(line)])
-    assert rest == ["program"], rest
-    for config in ("run_config", "score_config"):
-        getattr(module, config, lambda: None)()
-"""
-MODULES = {
-    "prepare": "gradjax.cli.prepare",
-    "score": "gradjax.cli.score",
-    "select": "gradjax.cli.select",
-    "main": "gradjax.cli.spectra",
-    "report": "gradjax.cli.report",
-}
+# The commands that launch/paper.sh calls, by the names that it calls them by.
+CALLED = {"main": "spectra", **{name: name for name in ("prepare", "score", "select", "report")}}
 
 
 class TestDryRun:
@@ -160,17 +145,16 @@ class TestDryRun:
                     assert path in written or str(Path(path).parent) in written
             written |= {v for n, _, v in (f.partition("=") for f in flags) if "output" in n}
 
-    @pytest.mark.parametrize("program", MODULES)
+    @pytest.mark.parametrize("program", CALLED)
     def test_programs_take_the_flags(self, shown, program: str):
-        lines = {json.dumps(flags) for name, flags in shown if name == program}
-        assert lines
-        subprocess.run(
-            [sys.executable, "-c", PARSE, MODULES[program]],
-            input="\n".join(sorted(lines)),
-            cwd=ROOT,
-            text=True,
-            check=True,
-        )
+        command = COMMANDS[CALLED[program]]
+        calls = {tuple(flags) for name, flags in shown if name == program}
+        assert calls
+        for arguments in sorted(calls):
+            command.flags.unparse_flags()
+            assert parse_flags([program, *arguments], command.flags) == [program]
+            if program in ("main", "score"):
+                {"main": spectra.run_config, "score": score.score_config}[program]()
 
     def test_a_metric_is_scored_as_in_the_paper(self, shown):
         flags_of = [flags for program, flags in shown if program == "score"]

@@ -295,6 +295,7 @@ def test_main_ends_with_the_comparison_of_two_groups(tmp_path):
         rows = [{"instruction": f"How many are {i} + 3?", "output": answer} for i in range(3)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     command = [sys.executable, "-m", "gradjax.main", f"--output_dir={tmp_path / 'run'}"]
+    command += ["--model=demo"]
     command += [f"--data={tmp_path / name}.json" for name in "ab"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -304,7 +305,7 @@ def test_main_ends_with_the_comparison_of_two_groups(tmp_path):
     shown = f"{row['gap']:.4g} [{row['ci_low']:.4g}, {row['ci_high']:.4g}]"
     assert shown in done.stdout
     assert "a against b, beyond length: nuclear norm undecided" in done.stdout
-    assert f"python -m gradjax.report --run={tmp_path / 'run'}" in done.stdout
+    assert f" report --run={tmp_path / 'run'}" in done.stdout
 
 
 def test_several_runs_stand_side_by_side(directory, tmp_path):

@@ -54,7 +54,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 
 
 def write_scores(directory: Path, sources: dict[str, Path], **columns: list[Any]) -> str:
-    """What gradjax.score writes, over all rows of the sources in order."""
+    """What gradjax score writes, over all rows of the sources in order."""
     keys, data = [], {}
     for group, path in sources.items():
         rows = read_rows(Source(group, str(path)))
@@ -301,8 +301,9 @@ def count(self, target):
     left.pop() if left else os.kill(os.getpid(), signal.SIGKILL)
     return put(self, target)
 Path.replace = count
-from gradjax.cli import app, select
-app.start(select.main)
+import sys
+from gradjax.cli.app import main
+main(["select", *sys.argv[1:]])
 """
 HOSTILE: list[Any] = [
     {"instruction": "a\u2028b\u2029c\x85d\r\ne\x0b", "output": "\ufeff<b>\x00\x1b[31m", "m": 9},
@@ -660,9 +661,9 @@ class TestFaults:
         pq.write_table(pa.concat_tables([table.slice(1), table.slice(1, 1)]), shard)
         assert "row 1 of group 'g' twice" in fault()
         pq.write_table(table.slice(1), shard)
-        assert "scores of 4 of the 5 rows of group 'g'; let gradjax.score finish" in fault()
+        assert "scores of 4 of the 5 rows of group 'g'; let gradjax score finish" in fault()
         shard.unlink()
-        assert "no scores yet; let gradjax.score finish" in fault()
+        assert "no scores yet; let gradjax score finish" in fault()
         shard.write_bytes(whole)
         for damaged in ("", "{}", "[]", '{"data": {"g": {"rows": 5}}}', said[:-9]):
             manifest.write_text(damaged)

@@ -3,7 +3,6 @@
 import ast
 import csv
 import functools
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from gradjax.checkpoints.resolve import REGISTRY
+from gradjax.cli import spectra
+from gradjax.cli.command import parse_flags
 
 ROOT = Path(__file__).parent.parent
 MODEL_SHAPES = ROOT / "tests" / "data" / "model_shapes.csv"
@@ -156,32 +157,19 @@ class TestRequirements:
             assert pin.version in requirement.specifier, f"{name} in requirements_lock.txt"
 
 
-# In a process of its own: programs may define flags of one name.
-READ_FLAGFILES = """
-import dataclasses, json, sys
-from absl import flags
-from gradjax.main import run_config
-
-for path in sys.argv[1:]:
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS(["gradjax", f"--flagfile={path}"])
-    print(json.dumps(dataclasses.asdict(run_config()), default=str))
-"""
-
-
 class TestConfigs:
     def test_each_is_the_setting_of_the_paper(self):
         files = sorted((ROOT / "configs").glob("*.flags"))
         assert {file.stem for file in files} == PAPER_MODELS
-        command = [sys.executable, "-c", READ_FLAGFILES, *map(str, files)]
-        read = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-        for file, line in zip(files, read.stdout.splitlines(), strict=True):
-            config = json.loads(line)
-            assert config["model"] == file.stem
+        for file in files:
+            spectra.FLAGS.unparse_flags()
+            parse_flags(["gradjax", f"--flagfile={file}"], spectra.FLAGS)
+            config = spectra.run_config()
+            assert config.model == file.stem
             assert file.stem in REGISTRY
-            assert config["dtype"] == "float32"
-            assert config["tokens"]["prompt_format"] == "plain"
-            assert config["tokens"]["max_length"] == 4096
+            assert config.dtype == "float32"
+            assert config.tokens.prompt_format == "plain"
+            assert config.tokens.max_length == 4096
 
     @pytest.mark.parametrize("model", sorted(PAPER_MODELS))
     def test_each_header_gives_command_hardware_and_memory(self, model: str):

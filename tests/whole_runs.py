@@ -11,10 +11,10 @@ from gradjax.storage.store import TABLES, read_table
 # A process that writes a shard per batch, so that it can be stopped between two.
 MAIN = """
 import sys
-from gradjax.cli import app, spectra
+from gradjax.cli.app import main
 from gradjax.runs import progress
 progress._FLUSH_SECONDS = 0
-app.start(spectra.main)
+main(["spectra", *sys.argv[1:]])
 """
 FLAGS = ("--limit=12", "--batch_tokens=128", "--layers=2-3")
 _KEYS = ("group", "example_id", "layer", "kind", "projection", "layer_a", "layer_b")

@@ -1,4 +1,4 @@
-"""Checkpoints as `gradjax.convert` writes them: Orbax arrays that any mesh restores as its shards.
+"""Checkpoints as `gradjax convert` writes them: Orbax arrays that any mesh restores as its shards.
 
 A folder with the model's config.json and tokenizer files, `weights/` as Orbax writes it (Zarr,
 uncompressed: measured twice as fast to read as its default), and, written last, `gradjax.json`,
@@ -62,7 +62,7 @@ def read_origin(directory: Path) -> dict[str, str | None] | None:
     except (ValueError, TypeError, KeyError):
         pass
     raise GradjaxError(
-        f"{path} is damaged: expected what gradjax.convert wrote there; convert the model again"
+        f"{path} is damaged: expected what gradjax convert wrote there; convert the model again"
     )
 
 
@@ -92,7 +92,7 @@ def load_converted(
     except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
         raise GradjaxError(
             f"{directory / _WEIGHTS} cannot be read ({str(error).splitlines()[0][:200]}), expected "
-            "the arrays of config.json as gradjax.convert writes them; convert the model again"
+            "the arrays of config.json as gradjax convert writes them; convert the model again"
         ) from error
     for path, weight in weights.items():
         if not jnp.isfinite(weight).all():

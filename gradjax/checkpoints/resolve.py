@@ -1,7 +1,6 @@
 """--model -> a local checkpoint directory: registered names, directories, the Hub."""
 
 import dataclasses
-import difflib
 import hashlib
 import os
 import re
@@ -19,7 +18,7 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gradjax.checkpoints.orbax import ORIGIN, read_origin
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, did_you_mean
 
 DEMO = "demo"
 _DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
@@ -149,7 +148,7 @@ def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpo
     except Exception as error:  # each filesystem has errors of its own
         raise GradjaxError(
             f"--{flag}={url} cannot be fetched ({_first_line(error)}), expected what "
-            "gradjax.convert wrote there; check the URL, and keys and endpoint in the environment"
+            "gradjax convert wrote there; check the URL, and keys and endpoint in the environment"
         ) from error
     name = _folder_name(url.rstrip("/").rsplit("/", 1)[-1])
     return Checkpoint(name, directory, url, None, read_origin(directory))
@@ -188,12 +187,9 @@ def _from_hub(
 
 def _unknown(model: str, flag: str) -> GradjaxError:
     names = [DEMO, *REGISTRY]
-    spelling = model.lower().replace("-", "_")
-    close = difflib.get_close_matches(spelling, names, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
     return GradjaxError(
-        f"--{flag}={model} is neither a registered name{hint} nor an existing directory nor a Hub "
-        f"repo ORG/NAME; registered are {', '.join(names)}."
+        f"--{flag}={model} is neither a registered name{did_you_mean(model, names)} nor an "
+        f"existing directory nor a Hub repo ORG/NAME; registered are {', '.join(names)}."
     )
 
 

@@ -1,14 +1,109 @@
-"""How each `python -m gradjax.*` starts and ends."""
+"""`gradjax COMMAND`: finds the command, shows its help or runs it, and says how it ended."""
 
 import logging as standard_logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from absl import app, logging
 
-from gradjax.errors import GradjaxError
+from gradjax.cli import convert, demo, export, prepare, report, score, select, spectra
+from gradjax.cli.command import Command, help_text, parse_flags
+from gradjax.errors import GradjaxError, did_you_mean, missing_extra
+from gradjax.version import __version__
+
+_MODULES = (spectra, score, select, report, prepare, convert, export, demo)
+COMMANDS: dict[str, Command] = {module.COMMAND.name: module.COMMAND for module in _MODULES}
+
+_HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
+_VERSION = {"--version", "-version"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command of `gradjax`: its name and its flags, those of this process if not given."""
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in COMMANDS:
+        run(COMMANDS[name], arguments)
+    elif name in _HELP:
+        print(overview())
+    elif name in _VERSION:
+        print(f"gradjax {__version__}")
+    elif name.startswith("-"):
+        sys.exit(f"gradjax: {name} stands before a command; expected gradjax COMMAND [flags]")
+    else:
+        hint, names = did_you_mean(name, COMMANDS), ", ".join(COMMANDS)
+        sys.exit(f"gradjax: {name} is not a command{hint}; expected one of {names}")
+
+
+def overview() -> str:
+    """What `gradjax --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "gradjax COMMAND [flags]",
+            "",
+            "  gradjax demo",
+            "",
+            "Commands",
+            *lines,
+            "",
+            "gradjax COMMAND --help explains one of them.",
+        ]
+    )
+
+
+def run(command: Command, arguments: Sequence[str]) -> None:
+    """Runs a command with its arguments, or prints its help or the version."""
+    if _HELP & set(arguments):
+        print(help_text(command))
+    elif _VERSION & set(arguments):
+        print(f"gradjax {__version__}")
+    else:
+        start(
+            lambda _: command.main(),
+            [command.program, *arguments],
+            partial(parse_flags, own=command.flags, program=command.program),
+        )
+
+
+def start(
+    main: Callable[[list[str]], None],
+    argv: list[str] | None = None,
+    parse: Callable[[list[str]], list[str]] = parse_flags,
+) -> None:
+    """Runs a program's `main` under absl, its log on standard error from INFO up.
+
+    A GradjaxError ends it with one sentence and status 1, Ctrl-C with a word on what remains.
+    """
+
+    def parsed(argv: list[str]) -> list[str]:
+        try:
+            return parse(argv)
+        except GradjaxError as error:
+            sys.exit(f"gradjax: {error}")
+
+    def guarded(argv: list[str]) -> None:
+        logging.get_absl_handler().python_handler.addFilter(_worth_saying)
+        # transformers would say at import that it misses PyTorch, which gradjax does not use.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        try:
+            main(argv)
+        except GradjaxError as error:
+            sys.exit(f"gradjax: {error}")
+        except ImportError as error:
+            if not (missing := missing_extra(error)):
+                raise
+            sys.exit(f"gradjax: {missing}")
+        except KeyboardInterrupt:
+            sys.exit(
+                "gradjax: stopped; finished work is kept, the same command goes on "
+                "(--overwrite would start anew)"
+            )
+
+    app.run(guarded, argv, flags_parser=parsed)
 
 
 def _worth_saying(record: standard_logging.LogRecord) -> bool:
@@ -17,28 +112,3 @@ def _worth_saying(record: standard_logging.LogRecord) -> bool:
     # Orbax warns of what it left out on purpose.
     loud = standard_logging.ERROR if "orbax" in record.pathname else standard_logging.WARNING
     return ours or record.levelno >= loud
-
-
-def start(main: Callable[[list[str]], None]) -> None:
-    """Runs a program's `main` under absl, its log on standard error from INFO up.
-
-    A GradjaxError ends it with one sentence and status 1, Ctrl-C with a word on what remains.
-    """
-
-    def guarded(argv: list[str]) -> None:
-        logging.get_absl_handler().python_handler.addFilter(_worth_saying)
-        # transformers would say at import that it misses PyTorch, which gradjax does not use.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        try:
-            if len(argv) > 1:
-                raise GradjaxError(f"unexpected argument {argv[1]!r}; expected flags only (--help)")
-            main(argv)
-        except GradjaxError as error:
-            sys.exit(f"gradjax: {error}")
-        except KeyboardInterrupt:
-            sys.exit(
-                "gradjax: stopped; finished work is kept, the same command goes on "
-                "(--overwrite would start anew)"
-            )
-
-    app.run(guarded)

@@ -1,21 +1,41 @@
-"""Writes a checkpoint once in a form that any mesh reads straight into its shards.
-
-  python -m gradjax.convert --model=qwen2.5_72b --output=/disk/qwen2.5_72b
-  python -m gradjax.main --model=/disk/qwen2.5_72b --mesh=fsdp:8
-
-Weights keep the dtype of their files (float32 where that is neither bfloat16 nor float32), so that
-runs of either form have the same numbers to the bit, and one may go on with a run of the other.
-"""
+"""`gradjax convert`: a checkpoint in the form that a mesh reads fastest."""
 
 from absl import flags
 
-flags.DEFINE_string("model", None, "as in gradjax.main", required=True)
-flags.DEFINE_string("output", None, "a new directory, or gs:// or s3:// URL", required=True)
+from gradjax.cli.command import Command
+
+FLAGS = flags.FlagValues()
+MODEL = "as in gradjax spectra: registered name, Hub repo or local directory"
+OUTPUT = "a new directory, or gs:// or s3:// URL"
+GROUPS = {
+    "Model": [flags.DEFINE_string("model", None, MODEL, FLAGS, required=True)],
+    "Output": [flags.DEFINE_string("output", None, OUTPUT, FLAGS, required=True)],
+}
+DETAILS = """
+Each device of a mesh then reads its own part of the weights only. Weights keep
+the dtype of their files (float32 where that is neither bfloat16 nor float32):
+runs of either form have the same numbers to the bit, and one may go on with a
+run of the other.
+"""
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Converts and says what `--model` now takes."""
     from gradjax.checkpoints.pretrained import convert
 
-    convert(flags.FLAGS.model, flags.FLAGS.output)
-    print(f"--model={flags.FLAGS.output} loads it")
+    convert(FLAGS.model, FLAGS.output)
+    print(f"--model={FLAGS.output} loads it")
+
+
+COMMAND = Command(
+    program="gradjax convert",
+    summary="Writes a model once in a form that several devices load fast.",
+    examples=(
+        "gradjax convert --model=qwen2.5_72b --output=/disk/qwen2.5_72b",
+        "gradjax spectra --model=/disk/qwen2.5_72b --mesh=fsdp:8",
+    ),
+    details=DETAILS,
+    groups=GROUPS,
+    flags=FLAGS,
+    main=main,
+)

@@ -1,30 +1,55 @@
-"""Writes a group of a run in another tool's format.
-
-  python -m gradjax.export --run=runs/demo --group=slow --output=slow.jsonl
-
-`reference` is the file that the paper's plotting scripts read: one JSON object per `ok` row, in
-input order, cosines as whole matrices.
-"""
+"""`gradjax export`: a group of a run in another tool's format."""
 
 from pathlib import Path
 
 from absl import flags
 
+from gradjax.cli.command import Command
 from gradjax.config import as_directory
-from gradjax.storage.reference import export
 
-RUN = "the directory that gradjax.main wrote, or its URL (s3://, gs://)"
+FLAGS = flags.FlagValues()
+
+
+def _write_reference(directory: str | Path, group: str, output: Path) -> int:
+    from gradjax.storage.reference import export
+
+    return export(directory, group, output)
+
+
 # Each writes a group of a run to a file and returns the number of rows.
-FORMATS = {"reference": export}
+FORMATS = {"reference": _write_reference}
+RUN = "the directory that gradjax spectra wrote, or its URL (s3://, gs://)"
+GROUPS = {
+    "What is exported": [
+        flags.DEFINE_string("run", None, RUN, FLAGS, required=True),
+        flags.DEFINE_string("group", None, "the group to export", FLAGS, required=True),
+    ],
+    "Output": [
+        flags.DEFINE_enum(
+            "format", "reference", list(FORMATS), "format of the written file", FLAGS
+        ),
+        flags.DEFINE_string("output", None, "the .jsonl file to write", FLAGS, required=True),
+    ],
+}
+DETAILS = """
+The format `reference` is the file that the paper's plotting scripts read: one
+JSON object per `ok` row, in input order, cosines as whole matrices.
+"""
 
-flags.DEFINE_string("run", None, RUN, required=True)
-flags.DEFINE_enum("format", "reference", list(FORMATS), "format of the file")
-flags.DEFINE_string("group", None, "the group to export", required=True)
-flags.DEFINE_string("output", None, "the .jsonl file to write", required=True)
 
-
-def main(_: list[str]) -> None:
+def main() -> None:
     """Exports and says how many rows went where."""
-    output = Path(flags.FLAGS.output).expanduser()
-    count = FORMATS[flags.FLAGS.format](as_directory(flags.FLAGS.run), flags.FLAGS.group, output)
+    output = Path(FLAGS.output).expanduser()
+    count = FORMATS[FLAGS.format](as_directory(FLAGS.run), FLAGS.group, output)
     print(f"{count} rows in {output}")
+
+
+COMMAND = Command(
+    program="gradjax export",
+    summary="Writes a group of a run in the format of the paper's scripts.",
+    examples=("gradjax export --run=runs/demo --group=slow --output=slow.jsonl",),
+    details=DETAILS,
+    groups=GROUPS,
+    flags=FLAGS,
+    main=main,
+)

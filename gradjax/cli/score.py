@@ -1,33 +1,24 @@
-"""Quality scores of fine-tuning rows, as the paper splits data sets by them.
-
-  ifd         how little the instruction tells about the response (GPT-2, or --ifd_model): the
-              ratio of perplexities; ifd_loss_ratio and both perplexities come with it
-  perplexity  of the response given its instruction, with the loss and the numbers of tokens
-  reward      of a Llama reward model (--reward_model)
-  instag      number of intention tags, by a chat model (--judge_model)
-  difficulty  1 to 10, by a chat model (--judge_model)
-
-Gradient statistics of a run come with --run. Writes OUTPUT_DIR/scores/, a Parquet table with one
-row per input row; called again, it goes on where it stopped, and metrics may be added.
-
-  python -m gradjax.score --data=rows.jsonl --metrics=ifd --output_dir=scores/rows
-  python -m gradjax.score --data=rows.jsonl --metrics=reward,difficulty --judge_model=gpt-4o
-  python -m gradjax.score --run=runs/rows --layers=0-9 --output_dir=scores/gradients
-"""
+"""`gradjax score`: quality scores of fine-tuning rows."""
 
 from absl import flags
 
+from gradjax.cli.command import Command, command_line
 from gradjax.config import select
 from gradjax.errors import GradjaxError
 from gradjax.score.config import ScoreConfig
 from gradjax.structs import PROJECTIONS
 
+FLAGS = flags.FlagValues()
 METRICS = "some of ifd, perplexity, reward, instag, difficulty, or any other column of theirs"
-DATA = "[GROUP=]SOURCE as of gradjax.main, repeatable (default: the rows of --run)"
-RUN = """a run of gradjax.main over the same rows: adds loss, perplexity, numbers of tokens and
+DATA = "[GROUP=]SOURCE as of gradjax spectra, repeatable (default: the rows of --run)"
+RUN = """a run of gradjax spectra over the same rows: adds loss, perplexity, numbers of tokens and
 gradient statistics, means over --layers and --projections"""
-IFD_MODEL = "of ifd and perplexity: gpt2, or as --model of gradjax.main"
-REWARD_MODEL = "a LlamaForSequenceClassification with one label: Hub repo or local directory"
+LIMIT = "score the first N rows of each group (default: all)"
+LAYERS = "layers of --run: all, or numbers and ranges from 0, as in 0-5,8"
+IFD_MODEL = "model of ifd and perplexity: gpt2, or as --model of gradjax spectra"
+REWARD_MODEL = (
+    "model of reward: a LlamaForSequenceClassification with one label: Hub repo or local directory"
+)
 MAX_LENGTH = "tokens of a row for ifd and perplexity (default: the model's window)"
 BASE_URL = "an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY"
 PROMPT = "a file to ask instead of the metric's own question, with {instruction} in it"
@@ -35,31 +26,62 @@ PRICES = "IN,OUT per million tokens, for the cost that --plan prints"
 BATCH = "write the questions to this file for OpenAI's Batch API, and end"
 RESULTS = "take the answers from this results file of the Batch API first"
 PLAN = "print how many rows are to be scored and what the judge will be asked, and end"
+OVERWRITE = "replace scores of other settings in --output_dir"
+REWARD = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
+GROUPS = {
+    "What is scored": [
+        flags.DEFINE_list("metrics", [], METRICS, FLAGS),
+        flags.DEFINE_multi_string("data", [], DATA, FLAGS),
+        flags.DEFINE_integer("limit", None, LIMIT, flag_values=FLAGS),
+    ],
+    "Gradient statistics of a run": [
+        flags.DEFINE_string("run", None, RUN, FLAGS),
+        flags.DEFINE_string("layers", "all", LAYERS, FLAGS),
+        flags.DEFINE_list(
+            "projections", list(PROJECTIONS), "matrices of --run: some of q,k,v,o", FLAGS
+        ),
+    ],
+    "Models": [
+        flags.DEFINE_string("ifd_model", "gpt2", IFD_MODEL, FLAGS),
+        flags.DEFINE_string("reward_model", REWARD, REWARD_MODEL, FLAGS),
+        flags.DEFINE_integer("max_length", None, MAX_LENGTH, flag_values=FLAGS),
+    ],
+    "Judge": [
+        flags.DEFINE_string("judge_model", None, "the chat model that judges", FLAGS),
+        flags.DEFINE_string("judge_base_url", "https://api.openai.com/v1", BASE_URL, FLAGS),
+        flags.DEFINE_string("judge_prompt", None, PROMPT, FLAGS),
+        flags.DEFINE_integer("judge_concurrency", 8, "questions asked at once", flag_values=FLAGS),
+        flags.DEFINE_list("judge_prices", None, PRICES, FLAGS),
+        flags.DEFINE_string("judge_batch", None, BATCH, FLAGS),
+        flags.DEFINE_string("judge_batch_results", None, RESULTS, FLAGS),
+    ],
+    "Output": [
+        flags.DEFINE_string("output_dir", "scores", "where to write", FLAGS),
+        flags.DEFINE_boolean("plan", False, PLAN, FLAGS),
+        flags.DEFINE_boolean("overwrite", False, OVERWRITE, FLAGS),
+    ],
+}
+DETAILS = """
+The scores by which the paper splits data sets:
 
-flags.DEFINE_list("metrics", [], METRICS)
-flags.DEFINE_multi_string("data", [], DATA)
-flags.DEFINE_string("output_dir", "scores", "where to write")
-flags.DEFINE_integer("limit", None, "score the first N rows of each group (default: all)")
-flags.DEFINE_string("run", None, RUN)
-flags.DEFINE_string("layers", "all", "of --run: all, or numbers and ranges from 0, as in 0-5,8")
-flags.DEFINE_list("projections", list(PROJECTIONS), "of --run: some of q,k,v,o")
-flags.DEFINE_string("ifd_model", "gpt2", IFD_MODEL)
-flags.DEFINE_string("reward_model", "sfairXC/FsfairX-LLaMA3-RM-v0.1", REWARD_MODEL)
-flags.DEFINE_integer("max_length", None, MAX_LENGTH)
-flags.DEFINE_string("judge_base_url", "https://api.openai.com/v1", BASE_URL)
-flags.DEFINE_string("judge_model", None, "the chat model that judges")
-flags.DEFINE_string("judge_prompt", None, PROMPT)
-flags.DEFINE_integer("judge_concurrency", 8, "questions asked at once")
-flags.DEFINE_list("judge_prices", None, PRICES)
-flags.DEFINE_string("judge_batch", None, BATCH)
-flags.DEFINE_string("judge_batch_results", None, RESULTS)
-flags.DEFINE_boolean("plan", False, PLAN)
-flags.DEFINE_boolean("overwrite", False, "replace scores of other settings in --output_dir")
+  ifd         how little the instruction tells about the response (GPT-2, or
+              --ifd_model): the ratio of perplexities; ifd_loss_ratio and both
+              perplexities come with it
+  perplexity  of the response given its instruction, with the loss and the
+              numbers of tokens
+  reward      of a Llama reward model (--reward_model)
+  instag      number of intention tags, by a chat model (--judge_model)
+  difficulty  1 to 10, by a chat model (--judge_model)
+
+Gradient statistics of a run come with --run. Writes OUTPUT_DIR/scores/, a
+Parquet table with one row per input row; called again, it goes on where it
+stopped, and metrics may be added.
+"""
 
 
 def score_config() -> ScoreConfig:
     """The flags as a checked config; raises GradjaxError naming the flag at fault."""
-    values = flags.FLAGS.flag_values_dict()
+    values = FLAGS.flag_values_dict()
     if values["judge_prices"]:
         values["judge_prices"] = _prices(values["judge_prices"])
     return select(ScoreConfig, values)
@@ -77,18 +99,35 @@ def _prices(texts: list[str]) -> tuple[float, float]:
     return price_in, price_out
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Scores, then prints each metric's distribution and where the table is."""
     config = score_config()
     from gradjax.score.run import make_batch, plan, score
     from gradjax.score.summary import format_scores
 
-    if flags.FLAGS.plan:
+    if FLAGS.plan:
         print("\n".join(plan(config)))
     elif config.judge_batch:
         print(make_batch(config))
     else:
         directory = score(config)
         print(format_scores(directory))
-        print(f"\nRows by them: python -m gradjax.select --scores={directory} --by=METRIC --top=N")
+        metric = config.metrics[0] if config.metrics else "effective_rank"
+        best = command_line("select", scores=directory, by=metric, top="10%")
+        print(f"\nThe best rows by one of them: {best}")
         print(f"\nThe scores are in {directory}")
+
+
+COMMAND = Command(
+    program="gradjax score",
+    summary="Scores rows: IFD, perplexity, reward, InsTag, difficulty.",
+    examples=(
+        "gradjax score --data=rows.jsonl --metrics=ifd --output_dir=scores/rows",
+        "gradjax score --data=rows.jsonl --metrics=difficulty --judge_model=gpt-4o",
+        "gradjax score --run=runs/rows --layers=0-9 --output_dir=scores/gradients",
+    ),
+    details=DETAILS,
+    groups=GROUPS,
+    flags=FLAGS,
+    main=main,
+)

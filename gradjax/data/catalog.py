@@ -5,8 +5,6 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from gradjax.errors import GradjaxError
 
 # 16-3=<<16-3=13>>13: what GSM8K's authors gave to a calculator.
@@ -137,18 +135,20 @@ def fetch(dataset: RegisteredDataset, flags: str = "") -> Path:
 
     Args:
       dataset: which.
-      flags: what to give gradjax.prepare besides the data set and a source, for the advice.
+      flags: what to give gradjax prepare besides the data set and a source, for the advice.
 
     Raises:
       GradjaxError: if it has no repository or cannot be had; says what to fetch by hand.
     """
-    prepare = f"python -m gradjax.prepare --dataset={dataset.name}"
+    prepare = f"gradjax prepare --dataset={dataset.name}"
     flags = flags or f"--output={dataset.name}.jsonl"
     if not dataset.repo:
         raise GradjaxError(
             f"{dataset.name} has to be fetched by hand ({dataset.note}): get a file of rows with "
             f"{' and '.join(dataset.columns)}, then {prepare} --source=FILE {flags}"
         )
+    from huggingface_hub import snapshot_download  # slow to load, and --help needs none of it
+
     try:
         return Path(
             snapshot_download(

@@ -1,4 +1,4 @@
-"""Draws rows of a registered data set: what `python -m gradjax.prepare` writes."""
+"""Draws rows of a registered data set: what `gradjax prepare` writes."""
 
 import collections
 import hashlib

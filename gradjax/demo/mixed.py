@@ -1,34 +1,41 @@
-"""Generated rows of mixed quality, to try selection on.
-
-  python -m gradjax.demo.mixed --rows=1000 --output=mixed.jsonl
-
-Each row is a word problem that the embedded model was not trained on, and its `kind` says what its
-response is: `slow` (worked out), `fast` (the answer alone) or `corrupted` (worked out wrongly).
-"""
+"""Generated rows of mixed quality, to try selection on: `python -m gradjax.demo.mixed`."""
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from absl import flags
 
-from gradjax.cli.app import start
+from gradjax.cli.app import run
+from gradjax.cli.command import Command
 from gradjax.data.word_problems import mixed_rows
 from gradjax.errors import GradjaxError
 from gradjax.storage.filesystem import whole_file
 
-flags.DEFINE_integer("rows", 1000, "how many", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "of the rows")
-flags.DEFINE_string("output", None, "the .jsonl file to write", required=True)
+FLAGS = flags.FlagValues()
+GROUPS = {
+    "Rows": [
+        flags.DEFINE_integer("rows", 1000, "how many", lower_bound=1, flag_values=FLAGS),
+        flags.DEFINE_integer("seed", 0, "seed of the rows", flag_values=FLAGS),
+    ],
+    "Output": [
+        flags.DEFINE_string("output", None, "the .jsonl file to write", FLAGS, required=True)
+    ],
+}
+DETAILS = """
+Each row is a word problem that the embedded model was not trained on, and its
+`kind` says what its response is: `slow` (worked out), `fast` (the answer alone)
+or `corrupted` (worked out wrongly).
+"""
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Writes the file and says how many rows of each kind it has."""
-    values = flags.FLAGS
-    output = Path(values.output).expanduser()
+    output = Path(FLAGS.output).expanduser()
     if os.path.isdir(output):
         raise GradjaxError(f"--output={output} is a directory; expected the .jsonl file to write")
-    rows = mixed_rows(values.rows, values.seed)
+    rows = mixed_rows(FLAGS.rows, FLAGS.seed)
     with whole_file(output) as temporary:
         temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     kinds = [row["kind"] for row in rows]
@@ -36,5 +43,16 @@ def main(_: list[str]) -> None:
     print(f"{len(rows)} rows in {output}: {counts}")
 
 
+COMMAND = Command(
+    program="python -m gradjax.demo.mixed",
+    summary="Generates rows of mixed quality.",
+    examples=("python -m gradjax.demo.mixed --rows=1000 --output=mixed.jsonl",),
+    details=DETAILS,
+    groups=GROUPS,
+    flags=FLAGS,
+    main=main,
+)
+
+
 if __name__ == "__main__":
-    start(main)
+    run(COMMAND, sys.argv[1:])

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -28,7 +29,8 @@ from tokenizers import Tokenizer
 
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.safetensors import load_decoder
-from gradjax.cli.app import start
+from gradjax.cli.app import run
+from gradjax.cli.command import Command
 from gradjax.data.word_problems import answer_of, random_problem
 from gradjax.demo.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
 from gradjax.errors import GradjaxError
@@ -317,24 +319,34 @@ def evaluate(directory: Path) -> float:
     return accuracy
 
 
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", str(MODEL_DIRECTORY), "where the model is saved")
-_CHECKPOINT_DIR = flags.DEFINE_string(
-    "checkpoint_dir", "runs/demo_training", "where training goes on from after a stop"
-)
-_STEPS = flags.DEFINE_integer("steps", Recipe.steps, "training steps", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", Recipe.seed, "of weights and data")
-_EVALUATE = flags.DEFINE_boolean("evaluate", False, "only evaluate the model in --output_dir")
+FLAGS = flags.FlagValues()
+GROUPS = {
+    "Training": [
+        flags.DEFINE_integer(
+            "steps", Recipe.steps, "training steps", lower_bound=1, flag_values=FLAGS
+        ),
+        flags.DEFINE_integer("seed", Recipe.seed, "seed of weights and data", flag_values=FLAGS),
+    ],
+    "Output": [
+        flags.DEFINE_string("output_dir", str(MODEL_DIRECTORY), "where the model is saved", FLAGS),
+        flags.DEFINE_string(
+            *("checkpoint_dir", "runs/demo_training", "where training goes on from after a stop"),
+            FLAGS,
+        ),
+        flags.DEFINE_boolean("evaluate", False, "only evaluate the model in --output_dir", FLAGS),
+    ],
+}
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Trains, saves, evaluates and notes how it went; or only evaluates what is saved."""
     logging.set_verbosity(logging.WARNING)  # orbax has many lines for every checkpoint
-    directory = Path(_OUTPUT_DIR.value)
-    if _EVALUATE.value:
+    directory = Path(FLAGS.output_dir)
+    if FLAGS.evaluate:
         evaluate(directory)
         return
-    recipe = Recipe(steps=_STEPS.value, seed=_SEED.value)
-    model, tokenizer, spent = train(recipe, Path(_CHECKPOINT_DIR.value))
+    recipe = Recipe(steps=FLAGS.steps, seed=FLAGS.seed)
+    model, tokenizer, spent = train(recipe, Path(FLAGS.checkpoint_dir))
     save_model(model, tokenizer, directory)
     record = {
         "recipe": dataclasses.asdict(recipe),
@@ -350,5 +362,16 @@ def main(_: list[str]) -> None:
     _write_json(directory / "TRAINING.json", record)
 
 
+COMMAND = Command(
+    program="python -m gradjax.demo.train",
+    summary="Trains the embedded model again.",
+    examples=("python -m gradjax.demo.train --output_dir=model",),
+    details="",
+    groups=GROUPS,
+    flags=FLAGS,
+    main=main,
+)
+
+
 if __name__ == "__main__":
-    start(main)
+    run(COMMAND, sys.argv[1:])

@@ -1,7 +1,8 @@
 """`python -m gradjax.report`: another name of `gradjax report`."""
 
-from gradjax.cli.app import start
-from gradjax.cli.report import main
+import sys
+
+from gradjax.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["report", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Stores -> comparisons, tables, figures and the page: what `python -m gradjax.report` writes."""
+"""Stores -> comparisons, tables, figures and the page: what `gradjax report` writes."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ _OUTLYING = 8  # median absolute deviations from where a row counts as one
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """The flags of `gradjax.report`."""
+    """The flags of `gradjax report`."""
 
     runs: tuple[str, ...]
     compare: tuple[str, ...] = ()

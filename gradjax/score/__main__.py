@@ -1,7 +1,8 @@
 """`python -m gradjax.score`: another name of `gradjax score`."""
 
-from gradjax.cli.app import start
-from gradjax.cli.score import main
+import sys
+
+from gradjax.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["score", *sys.argv[1:]])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from gradjax.config import SpectraConfig, as_directory
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.structs import PROJECTIONS, Projection, Status
 
 # What is computed together, and the columns of scores/ that come of it.
@@ -24,7 +24,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 }
 JudgedMetric = Literal["instag", "difficulty"]
 JUDGED: tuple[JudgedMetric, ...] = get_args(JudgedMetric)
-# What only a run of gradjax.main can tell.
+# What only a run of gradjax spectra can tell.
 RUN_METRICS = (
     *("nuclear_norm", "effective_rank", "normalized_effective_rank", "frobenius_norm"),
     *("spectral_norm", "entry_mean", "entry_max", "entry_min"),
@@ -35,7 +35,7 @@ METRICS = tuple(column for columns in FAMILIES.values() for column in columns)
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """The flags of `gradjax.score`.
+    """The flags of `gradjax score`.
 
     Raises:
       GradjaxError: naming the flag, what was found and what was expected.
@@ -67,13 +67,14 @@ class ScoreConfig:
         known = METRICS + RUN_METRICS if self.run else METRICS
         if unknown := [name for name in self.metrics if name not in known]:
             raise GradjaxError(
-                f"--metrics={unknown[0]}: expected some of {', '.join(METRICS)}; gradient "
-                "statistics come with --run=DIR, a run of gradjax.main"
+                f"--metrics={unknown[0]}: expected some of {', '.join(METRICS)}"
+                f"{did_you_mean(unknown[0], known)}; gradient statistics come with --run=DIR, a "
+                "run of gradjax spectra"
             )
         if not self.metrics and not self.run:
             raise GradjaxError(
                 f"--metrics is empty: expected some of {', '.join(METRICS)}, or --run=DIR for what "
-                "a run of gradjax.main measured"
+                "a run of gradjax spectra measured"
             )
         if not self.data and not self.run:
             raise GradjaxError("--data is missing: expected [GROUP=]SOURCE, or --run=DIR")

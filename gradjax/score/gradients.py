@@ -1,4 +1,4 @@
-"""What a finished run of `gradjax.main` says of each row, for nothing."""
+"""What a finished run of `gradjax spectra` says of each row, for nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def run_scores(
     """A run's numbers, one row per input row.
 
     Args:
-      directory: of `gradjax.main`, a path or a URL.
+      directory: of `gradjax spectra`, a path or a URL.
       layers: `all`, or numbers and ranges from 0, over which gradient statistics are averaged.
       projections: over which they are averaged after that.
 

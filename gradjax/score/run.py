@@ -41,7 +41,7 @@ from gradjax.structs import Example
 from gradjax.version import __version__
 
 TABLE = "scores/000000.parquet"
-RUN = "run"  # the family of what a run of gradjax.main measured
+RUN = "run"  # the family of what a run of gradjax spectra measured
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 256, 400_000  # a part: what a kill can cost
 _LATER = Score({}, reason="not scored yet; ask for it again")
 
@@ -145,7 +145,7 @@ def read_scores(directory: str | Path) -> pd.DataFrame:
     place = open_place(directory)
     shard = place.read(TABLE)
     if shard is None:
-        raise GradjaxError(f"{directory} has no {TABLE}; give what gradjax.score wrote")
+        raise GradjaxError(f"{directory} has no {TABLE}; give what gradjax score wrote")
     return pq.read_table(io.BytesIO(shard)).to_pandas()
 
 

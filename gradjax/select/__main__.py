@@ -1,7 +1,8 @@
 """`python -m gradjax.select`: another name of `gradjax select`."""
 
-from gradjax.cli.app import start
-from gradjax.cli.select import main
+import sys
+
+from gradjax.cli.app import main
 
 if __name__ == "__main__":
-    start(main)
+    main(["select", *sys.argv[1:]])

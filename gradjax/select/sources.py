@@ -1,4 +1,4 @@
-"""Where scores and rows come from: directories of gradjax.score and gradjax.main, and the data."""
+"""Where scores and rows come from: directories of score and spectra, and the data."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from absl import logging
 
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, parse_data_flags, read_rows
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.score.gradients import run_scores
 from gradjax.storage.directory import RUN, SCORES, Directory
 from gradjax.storage.results import KEY
@@ -67,8 +67,9 @@ def read_scored(
     keys, metrics, sources, unlike = _join(sorted(set(scores)), layers, projections)
     if unknown := sorted(set(given) - set(sources)):
         raise GradjaxError(
-            f"--data names the group {unknown[0]!r}, which was not scored; the scores have "
-            f"{', '.join(sorted(sources))}: name it with --data=GROUP=SOURCE"
+            f"--data names the group {unknown[0]!r}, which was not scored"
+            f"{did_you_mean(unknown[0], sources)}; the scores have {', '.join(sorted(sources))}: "
+            "name it with --data=GROUP=SOURCE"
         )
     sources |= given
     if unlike_by := [name for name in by if name in unlike]:
@@ -124,7 +125,7 @@ def _require_run_for(scores: Sequence[str], layers: str, projections: Sequence[s
     flag = f"--projections={','.join(projections)}" if layers == "all" else f"--layers={layers}"
     raise GradjaxError(
         f"{flag} says over what a run's statistics are averaged, and no --scores is a run of "
-        "gradjax.main; leave it out, or add --scores=RUN"
+        "gradjax spectra; leave it out, or add --scores=RUN"
     )
 
 
@@ -191,14 +192,14 @@ def _read_score_tables(
     scoring: Directory, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, Source], pd.DataFrame]:
     place = scoring.place
-    where, again = scoring.path, "score it anew (gradjax.score --overwrite)"
+    where, again = scoring.path, "score it anew (gradjax score --overwrite)"
     try:
         data = manifest["data"]
         expected = {group: int(of["rows"]) for group, of in data.items()}
         sources = {group: Source(group, str(of["source"])) for group, of in data.items()}
         shards = [n for n in place.names("scores") if n.endswith(".parquet")]
         if not shards:
-            raise GradjaxError(f"--scores={where} has no scores yet; let gradjax.score finish")
+            raise GradjaxError(f"--scores={where} has no scores yet; let gradjax score finish")
         paths = [place.path(f"scores/{name}") for name in shards]
         with place.faults("read"):
             table = ds.dataset(paths, format="parquet", filesystem=place.filesystem).to_table()
@@ -216,7 +217,7 @@ def _read_score_tables(
         if found.get(group, 0) != expected.get(group, 0):
             raise GradjaxError(
                 f"--scores={where} has scores of {found.get(group, 0)} of the "
-                f"{expected.get(group, 0)} rows of group {group!r}; let gradjax.score finish"
+                f"{expected.get(group, 0)} rows of group {group!r}; let gradjax score finish"
             )
     return sources, rows
 
@@ -351,5 +352,8 @@ def _require_found(
 ) -> None:
     for name in names:
         if name not in fields or fields[name].isna().all():
-            others = ", ".join(sorted(str(k) for k in known if k != name)) or "none"
-            raise GradjaxError(f"--by={name}: {said}; known metrics: {others}")
+            others = sorted(str(k) for k in known if k != name)
+            raise GradjaxError(
+                f"--by={name}: {said}{did_you_mean(name, others)}; known metrics: "
+                f"{', '.join(others) or 'none'}"
+            )

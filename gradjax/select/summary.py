@@ -103,7 +103,7 @@ def length_auroc(scored: Scored, choice: Choice) -> float | None:
 
 
 def unlike_pairs(scored: Scored, choice: Choice) -> int:
-    """How many low rows are too unlike in length to their high one, as `gradjax.report` sees it."""
+    """How many low rows are too unlike in length to their high one, as `gradjax report` sees it."""
     high, low = (np.log(_lengths(scored, choice.parts[part])) for part in (HIGH, LOW))
     spread = np.sqrt((high.var() + low.var()) / 2)
     return int((np.abs(high - low) > CALIPER * spread).sum())

@@ -1,4 +1,4 @@
-"""Scores and rows -> a selection's files: what `python -m gradjax.select` does."""
+"""Scores and rows -> a selection's files: what `gradjax select` does."""
 
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ _TEXTS = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class SelectConfig:
-    """The flags of `gradjax.select`."""
+    """The flags of `gradjax select`."""
 
     rule: Rule
     scores: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.compute as pc
 from absl import logging
 
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.storage.filesystem import whole_file
 from gradjax.storage.store import read_manifest, read_table
 from gradjax.structs import PROJECTIONS
@@ -30,6 +30,7 @@ def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]
     if group not in manifest["data"]:
         raise GradjaxError(
             f"--group={group}: {directory} has the groups {', '.join(manifest['data'])}"
+            f"{did_you_mean(group, manifest['data'])}"
         )
     if not manifest["settings"]["store_singular_values"]:
         raise GradjaxError(

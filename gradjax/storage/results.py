@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gradjax.config import SpectraConfig
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.storage.store import read_manifest, read_table
 from gradjax.version import __version__
 
@@ -55,8 +55,8 @@ class RunValues:
           GradjaxError: if there is no such group, or none of its rows is `ok`.
         """
         if group not in self.groups:
-            known = ", ".join(self.groups)
-            raise GradjaxError(f"{self.directory} has no group {group!r}; it has {known}")
+            known, hint = ", ".join(self.groups), did_you_mean(group, self.groups)
+            raise GradjaxError(f"{self.directory} has no group {group!r}; it has {known}{hint}")
         found = self.examples[self.examples["group"] == group]
         used = found[found["status"] == "ok"]
         if used.empty:
