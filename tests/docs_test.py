@@ -1,12 +1,17 @@
 """README, docs/ and CONTRIBUTING.md: paths exist, commands and flags are real, the site builds."""
 
 import html
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from gradjax.config import RunConfig
+from gradjax.runs.run import run
+from gradjax.storage.results import group_means, read_values
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gradjax"
@@ -162,3 +167,43 @@ def test_the_site_asks_nobody_else(site: Path):
         page = file.read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="?(?:https?:)?//', page), file
         assert not re.findall(r'<link[^>]*rel="?stylesheet"?[^>]*href="?(?:https?:)?//', page), file
+
+
+def shown_table(page: str) -> dict[str, list[float]]:
+    """The numbers of the embedded groups in a page's table, by group."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^(slow|fast|corrupted) +([\d. ]+)$", text, re.MULTILINE)
+    return {group: [float(number) for number in numbers.split()] for group, numbers in rows}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/demo.md"])
+def test_the_title_of_the_first_picture_is_what_the_table_says(page: str):
+    table = shown_table(page)
+    slow, corrupted = sum(table["slow"][:4]), sum(table["corrupted"][:4])
+    assert 45 < corrupted / slow < 55
+    for file in (page, "docs/first_picture.svg"):
+        words = " ".join((ROOT / file).read_text(encoding="utf-8").split())
+        assert "wrong steps pull about 50 times harder on the weights" in words
+
+
+@pytest.mark.slow
+def test_table_and_first_picture_are_those_of_the_embedded_example(tmp_path: Path):
+    directory = run(RunConfig(output_dir=tmp_path / "demo"))
+    means = group_means(directory)
+    for page in ("README.md", "docs/demo.md"):
+        table = shown_table(page)
+        assert list(table) == list(means.index)
+        for group, numbers in table.items():
+            assert numbers == pytest.approx(means.loc[group].tolist(), rel=0.01, abs=0.005)
+
+    path = ROOT / "docs" / "first_picture.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    norm, rank = script.first_picture(read_values(directory)).axes
+    for axes, columns in ((norm, slice(0, 4)), (rank, slice(4, 8))):
+        for line, group in zip(axes.lines, ("slow", "corrupted"), strict=True):
+            expected = sum(shown_table("README.md")[group][columns]) / 4
+            assert line.get_ydata().mean() == pytest.approx(expected, rel=0.01)
