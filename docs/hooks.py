@@ -15,9 +15,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # this checkout, not an installed gradjax
 
-from gradjax.cli.command import help_text  # noqa: E402
-
-from gradjax.cli.app import COMMANDS  # noqa: E402
+from gradjax.cli import app, command  # noqa: E402
 
 # Files outside docs/, by the page that they become.
 PAGES = {
@@ -53,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def flags_page() -> str:
     """What `--help` of every command says, as Markdown."""
     parts = [
-        f"## gradjax {name}\n\n```text\n{help_text(command)}\n```\n"
-        for name, command in COMMANDS.items()
+        f"## gradjax {name}\n\n```text\n{command.help_text(one)}\n```\n"
+        for name, one in app.COMMANDS.items()
     ]
     return "\n".join(["# Commands and flags\n", "What `gradjax COMMAND --help` says.\n", *parts])
