@@ -121,7 +121,7 @@ def open_run(directory: str | Path) -> Run:
 
     Returns:
       An object with `manifest` (a dict) and the pandas frames `examples`, `spectra` and
-      `similarity`; columns as in the README.
+      `similarity`; columns as in docs/results.md.
 
     Raises:
       GradjaxError: if the directory holds no run, or cannot be read.
