@@ -196,6 +196,5 @@ if [[ ! $dry_run ]]; then
   ensure_environment requirements.txt
   mkdir -p "$output_dir"/{data,scores,selections,runs,figures}
 fi
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 declare -A seen=()
 for one in "${recipes[@]}"; do recipe "${one%,*}" "${one#*,}"; done
