@@ -8,9 +8,9 @@ set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-requirements=requirements.txt
+requirements="requirements.txt"
 if [[ ${1:-} == --cuda ]]; then
-  requirements=requirements-cuda.txt
+  requirements="requirements-cuda.txt"
   shift
 fi
 ensure_environment "$requirements"
