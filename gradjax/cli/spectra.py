@@ -15,7 +15,6 @@ from typing import get_args
 from absl import flags
 
 from gradjax import config
-from gradjax.errors import GradjaxError, extras
 from gradjax.structs import PROJECTIONS
 
 MODEL = "registered name (gemma2_2b), Hub repo (google/gemma-2-2b) or local directory"
@@ -110,12 +109,7 @@ def main(_: list[str]) -> None:
 
 def print_comparison(directory: str | Path, high: str, low: str) -> None:
     """The groups' gaps with their intervals, and whether they are more than length."""
-    try:
-        with extras():
-            from gradjax.report.compare import compare, format_gaps, sentence
-    except GradjaxError as missing:
-        print(f"\n{high} and {low} are not compared: {missing}")
-        return
+    from gradjax.report.compare import compare, format_gaps, sentence
     from gradjax.storage.results import read_values
 
     comparison = compare(read_values(directory), high, low)
