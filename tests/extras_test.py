@@ -31,7 +31,7 @@ for line in sys.stdin:
 OPEN = "import gradjax; gradjax.open_run({!r})"
 READ = "from gradjax.data.sources import *; list(read_rows(parse_data_flags([{!r}])[0], 1))"
 CALLS = {
-    "a comparison": ("statsmodels", "from gradjax.api import *; Run('', {}).compare('a', 'b')"),
+    "a comparison": ("statsmodels", "from gradjax.api import Run; Run('', {}).compare('a', 'b')"),
     "a run in S3": ("s3fs", OPEN.format("s3://bucket/run")),
     "a run in Google Cloud": ("gcsfs", OPEN.format("gs://bucket/run")),
     "a model in Google Cloud": ("gcsfs", "import gradjax; gradjax.load_model('gs://bucket/model')"),
@@ -96,7 +96,7 @@ def test_a_command_ends_with_the_sentence(tmp_path: Path, command: list[str]):
     result = python("-c", MISSING + program, *command[1:], *data, here=tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""
-    package = {"report": "statsmodels", "score": "openai"}[command[0]]
+    package = {"report": "matplotlib", "score": "openai"}[command[0]]
     assert result.stderr == f"gradjax: {sentence(package)}\n"
 
 

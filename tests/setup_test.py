@@ -316,7 +316,7 @@ class TestPackage:
 READ_FLAGFILES = """
 import dataclasses, json, sys
 from absl import flags
-from gradjax.cli.spectra import run_config
+from gradjax.main import run_config
 
 for path in sys.argv[1:]:
     flags.FLAGS.unparse_flags()
