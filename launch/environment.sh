@@ -68,11 +68,15 @@ follow() {
   if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 }
 
-# Whether $VENV has what the requirements file $1 lists: a copy of it and of pyproject.toml, which it
-# refers to, is kept beside what they installed.
+# What the requirements file $1 asks for: this checkout, what pyproject.toml lists, and more.
+wanted() {
+  echo "$root"
+  cat "$root/pyproject.toml" "$root/$1"
+}
+
+# Whether $VENV has what the requirements file $1 asks for: a copy is kept beside what it installed.
 up_to_date() {
-  [[ -x $VENV/bin/python ]] &&
-    cat "$root/pyproject.toml" "$root/$1" | cmp -s - "$VENV/installed-$1"
+  [[ -x $VENV/bin/python ]] && wanted "$1" | cmp -s - "$VENV/installed-$1"
 }
 
 # Installs the requirements file $1 in $VENV, which is made if there is none, or again if an
@@ -94,7 +98,7 @@ install() {
     grep -v '^WARNING' "$log" | tail -n 20 >&2
     fail "pip could not install $1; its whole output is in $log."
   fi
-  cat "$root/pyproject.toml" "$root/$1" >"$VENV/installed-$1"
+  wanted "$1" >"$VENV/installed-$1"
 }
 
 # ensure_environment FILE: $VENV has what the requirements file FILE lists. Two callers take turns.

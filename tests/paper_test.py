@@ -262,14 +262,14 @@ class Played:
         return [line.split()[0] for line in self.calls.read_text().splitlines()], said.err
 
 
-def make_venv(folder: Path, gradjax: str) -> None:
-    """An environment that the scripts of launch/ take for one with all requirements."""
+def make_venv(folder: Path, gradjax: str, repository: Path = ROOT) -> None:
+    """An environment that a repository's scripts take for one with all requirements."""
     (folder / "bin").mkdir(parents=True)
     for name in ("python", "gradjax"):
         (folder / "bin" / name).write_text(gradjax)
         (folder / "bin" / name).chmod(0o755)
     wanted = [(ROOT / name).read_text() for name in ("pyproject.toml", "requirements.txt")]
-    (folder / "installed-requirements.txt").write_text("".join(wanted))
+    (folder / "installed-requirements.txt").write_text("".join([f"{repository}\n", *wanted]))
 
 
 @pytest.fixture
@@ -459,7 +459,7 @@ class Real:
         for name in ("pyproject.toml", "requirements.txt"):
             shutil.copy(ROOT / name, self.repository)
         self.here.mkdir()
-        make_venv(folder / "venv", GRADJAX)
+        make_venv(folder / "venv", GRADJAX, self.repository)
         experiments = pd.read_csv(ROOT / "configs" / "paper.csv", dtype=str).query(chosen)
         file = self.repository / "configs" / "paper.csv"
         experiments.assign(n_per_group=SIZE).to_csv(file, index=False)

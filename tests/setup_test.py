@@ -417,6 +417,11 @@ class TestLocalScript:
         second = self.launch(repository, python)
         assert (second.stdout, second.stderr) == ("<spectra>", "")
 
+        repository = repository.rename(repository.with_name("moved"))
+        venv, wanted = repository / ".venv", repository / "requirements.txt"
+        assert "installing requirements.txt" in self.launch(repository, python).stderr
+        assert self.launch(repository, python).stderr == ""
+
         for file in (wanted, repository / "pyproject.toml"):
             file.write_text("jax>=0.10.2\n")
             changed = self.launch(repository, python)
