@@ -233,7 +233,7 @@ class TestDockerfile:
 
     def test_it_runs_the_command_as_nobody_in_particular(self):
         last = dict(self.INSTRUCTIONS)
-        assert json.loads(last["ENTRYPOINT"]) == list(PROJECT["project"]["scripts"])
+        assert ast.literal_eval(last["ENTRYPOINT"]) == list(PROJECT["project"]["scripts"])
         assert last["USER"] != "root"
 
 
