@@ -13,7 +13,7 @@ from gradjax.checkpoints.pretrained import Model, load_model
 from gradjax.config import SpectraConfig, TokenConfig, as_directory, select
 from gradjax.data.examples import to_example
 from gradjax.data.tokens import check_tokenizer, check_vocabulary, tokenize
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, extras
 from gradjax.runs.compute import compute_results
 from gradjax.runs.layout import batch_rows
 from gradjax.storage.store import read_manifest, read_table
@@ -103,9 +103,11 @@ class Run:
           for the rule behind `beyond_length`.
 
         Raises:
-          GradjaxError: if the run is not finished, a group is unknown, or none of its rows `ok`.
+          GradjaxError: if the run is not finished, a group is unknown, none of its rows is `ok`, or
+            the extra `report` is not installed.
         """
-        from gradjax.report.compare import COLUMNS, adjusted, compare
+        with extras():
+            from gradjax.report.compare import COLUMNS, adjusted, compare
         from gradjax.storage.results import read_values
 
         alone = read_values(equal_length.directory, layers) if equal_length else None

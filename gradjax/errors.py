@@ -1,7 +1,10 @@
 """The one exception for faults of a run: one sentence a user can act on."""
 
 import difflib
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GradjaxError(Exception):
@@ -31,9 +34,7 @@ def did_you_mean(word: str, known: Iterable[object]) -> str:
 # What only an extra of the package installs, by the name that is imported.
 _EXTRAS = {
     "matplotlib": "report",
-    "scipy": "report",
     "statsmodels": "report",
-    "tabulate": "report",
     "openai": "score",
     "datasets": "data",
     "gcsfs": "cloud",
@@ -43,11 +44,23 @@ _EXTRAS = {
 
 def missing_extra(error: ImportError) -> GradjaxError | None:
     """What to say of a package that only an extra installs; None for any other import error."""
-    package = (error.name or "").partition(".")[0]
-    extra = _EXTRAS.get(package)
-    if extra is None:
-        return None
-    return GradjaxError(
-        f"this needs {package}, which is not installed; install it with "
-        f"pip install 'gradjax[{extra}]'"
-    )
+    # fsspec says in words of its own what it misses, and names it in the cause.
+    names = [e.name or "" for e in (error, error.__cause__) if isinstance(e, ImportError)]
+    for package in (name.partition(".")[0] for name in names):
+        if extra := _EXTRAS.get(package):
+            return GradjaxError(
+                f"this needs {package}, which is not installed; install it with "
+                f"{shlex.quote(sys.executable)} -m pip install 'gradjax[{extra}]'"
+            )
+    return None
+
+
+@contextmanager
+def extras() -> Iterator[None]:
+    """Around an import of what an extra installs: raises GradjaxError where that is missing."""
+    try:
+        yield
+    except ImportError as error:
+        if missing := missing_extra(error):
+            raise missing from error
+        raise

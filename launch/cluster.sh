@@ -33,6 +33,12 @@ need() {
   if [[ ! $dry_run ]] && ! command -v "$1" >/dev/null; then fail "there is no $1 on PATH; $2."; fi
 }
 
+# need_checkout SCRIPT: fails where launch/ came with an installed package.
+need_checkout() {
+  in_checkout || fail "$1 sends a commit of gradjax's repository to other machines, and $root is an" \
+    "installed package; call it from a clone of the repository: bash CLONE/$1."
+}
+
 # require SETTING WHAT: fails if the setting is empty, saying what to give.
 require() {
   [[ ${!1} ]] || fail "--$1 is not given; $2."

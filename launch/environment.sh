@@ -1,11 +1,24 @@
 # shellcheck shell=bash
-# Sourced by launch/local.sh, tests/run.sh and .ci/run: finds a Python and keeps an environment.
+# Sourced by the other scripts of launch/, by tests/run.sh and .ci/run: finds a Python and keeps an
+# environment, in which gradjax is installed as it stands in this checkout (pip install -e).
 #
 #   PYTHON  the interpreter that makes the environment (default: the first that will do)
 #   VENV    where the environment lies (default: .venv in the repository)
+#
+# Where launch/ came with an installed package, that package's environment is used as it is.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${VENV:-$root/.venv}
+
+in_checkout() {
+  [[ -e $root/pyproject.toml ]]
+}
+
+if in_checkout; then
+  VENV=${VENV:-$root/.venv}
+  [[ $VENV == /* ]] || VENV=$PWD/$VENV
+else
+  VENV=$(cd "$root/../../../.." && pwd) # of VENV/lib/python3.X/site-packages/gradjax
+fi
 
 fail() {
   echo "gradjax: $*" >&2
@@ -55,10 +68,15 @@ follow() {
   if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 }
 
-# Whether $VENV has what the requirements file $1 lists: a copy is kept beside what it installed.
+# What the requirements file $1 asks for: this checkout, what pyproject.toml lists, and more.
+wanted() {
+  echo "$root"
+  cat "$root/pyproject.toml" "$root/$1"
+}
+
+# Whether $VENV has what the requirements file $1 asks for: a copy is kept beside what it installed.
 up_to_date() {
-  [[ -x $VENV/bin/python ]] &&
-    cat "$root/requirements.txt" "$root/$1" | cmp -s - "$VENV/installed-$1"
+  [[ -x $VENV/bin/python ]] && wanted "$1" | cmp -s - "$VENV/installed-$1"
 }
 
 # Installs the requirements file $1 in $VENV, which is made if there is none, or again if an
@@ -72,19 +90,21 @@ install() {
     "$python" -m venv --clear "$VENV"
   fi
   echo "gradjax: installing $1 (a few minutes, once)" >&2
-  "$VENV/bin/python" -m pip install -r "$root/$1" 2>&1 | tee "$running" | follow || status=$?
+  # pip reads the . of -e . from where it runs.
+  (cd "$root" && "$VENV/bin/python" -m pip install -r "$1") 2>&1 |
+    tee "$running" | follow || status=$?
   mv "$running" "$log"
   if ((status)); then
     grep -v '^WARNING' "$log" | tail -n 20 >&2
     fail "pip could not install $1; its whole output is in $log."
   fi
-  cat "$root/requirements.txt" "$root/$1" >"$VENV/installed-$1"
+  wanted "$1" >"$VENV/installed-$1"
 }
 
 # ensure_environment FILE: $VENV has what the requirements file FILE lists. Two callers take turns.
 ensure_environment() {
-  up_to_date "$1" || (
+  ! in_checkout || up_to_date "$1" || (
     flock 9 2>/dev/null || true # not everywhere
     up_to_date "$1" || install "$1"
-  ) 9<"$root/requirements.txt"
+  ) 9<"$root/pyproject.toml"
 }

@@ -92,6 +92,7 @@ if [[ $command == --help ]]; then
   usage
   exit
 fi
+need_checkout launch/gke_xpk.sh
 name=gradjax cluster="" type="" num_slices=1
 zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_PROJECT:-}
 read_settings "name= cluster= type= num_slices= zone= project= dry_run" "${@:2}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the paper's experiments again: bash launch/paper.sh --table=N [-- flags of gradjax.main]
+# Runs the paper's experiments again: bash launch/paper.sh --table=N [-- flags of gradjax spectra]
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -11,7 +11,7 @@ usage() {
   cat <<'END'
 Runs experiments of the paper (arXiv 2504.10766) again, on this machine.
 
-  bash launch/paper.sh --table=N [settings] [-- flags of gradjax.main]
+  bash launch/paper.sh --table=N [settings] [-- flags of gradjax spectra]
 
   --table=N                 those of one table, 1 to 60
   --figure=families         the nine models side by side, on the reasoning data (the paper's other
@@ -37,7 +37,7 @@ InsTag and difficulty are asked of gpt-4o: JUDGE_BASE_URL names the endpoint and
 (https://api.openai.com/v1). A data set that has to be fetched by hand is taken from
 OUTPUT_DIR/data/NAME.jsonl, where this puts it (--sample=10000 for one that is scored):
 
-  python -m gradjax.prepare --dataset=NAME --source=FILE --sample=200 --seed=0 \
+  gradjax prepare --dataset=NAME --source=FILE --sample=200 --seed=0 \
     --output=OUTPUT_DIR/data/NAME.jsonl
 END
 }
@@ -70,9 +70,9 @@ step() {
   if [[ ! $dry_run ]]; then echo "$line" >"$stamp"; fi
 }
 
-# program NAME FLAGS...: sets command, which runs python -m gradjax.NAME.
+# program NAME FLAGS...: sets command, which runs gradjax NAME.
 program() {
-  command=("$VENV/bin/python" -P -m "gradjax.$1" "${@:2}")
+  command=("$VENV/bin/gradjax" "$@")
 }
 
 # prepare NAME ROWS: sets file, that many rows of a registered data set.
@@ -87,8 +87,8 @@ prepare() {
   else
     lines=$(wc -l <"$file")
     ((lines <= $2)) || fail "$file has $((lines)) rows where the paper draws $2; draw them from what" \
-      "was fetched by hand: python -m gradjax.prepare --dataset=$1 --source=FILE --sample=$2" \
-      "--seed=0 $(quoted "--output=$file")"
+      "was fetched by hand: $(quoted "$VENV/bin/gradjax") prepare --dataset=$1 --source=FILE" \
+      "--sample=$2 --seed=0 $(quoted "--output=$file")"
   fi
   inputs=("$file.sha256")
 }
@@ -140,7 +140,7 @@ measure() {
   made+=("${inputs[@]}")
   group "$low"
   made+=("${inputs[@]}")
-  program main --flagfile="$root/configs/$model.flags" --data="high=$high_file" \
+  program spectra --flagfile="$root/configs/$model.flags" --data="high=$high_file" \
     --data="low=$file" --output_dir="$spectra" "${flags[@]}"
   inputs=("${made[@]}")
   step "$spectra" "${command[@]}"
@@ -196,6 +196,5 @@ if [[ ! $dry_run ]]; then
   ensure_environment requirements.txt
   mkdir -p "$output_dir"/{data,scores,selections,runs,figures}
 fi
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 declare -A seen=()
 for one in "${recipes[@]}"; do recipe "${one%,*}" "${one#*,}"; done

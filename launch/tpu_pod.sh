@@ -262,6 +262,7 @@ if [[ $command == --help ]]; then
   usage
   exit
 fi
+need_checkout launch/tpu_pod.sh
 name=gradjax type="" runtime="" spot=""
 zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_PROJECT:-}
 read_settings "name= type= zone= project= runtime= spot dry_run" "${@:2}"

@@ -37,7 +37,7 @@ main() {
     source "$here/environment"
   fi
   cd "$here/files"
-  PYTHONPATH=$root exec "$VENV/bin/python" -P -m gradjax.main "$@"
+  exec "$VENV/bin/python" -P -m gradjax.main "$@"
 }
 
 # wait_for_end SECONDS: fails if a run still holds the lock then, as whatever is left of it does.

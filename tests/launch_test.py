@@ -196,7 +196,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repository")
     ignore = shutil.ignore_patterns("*.py", "__pycache__")
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=ignore)
-    for file in ROOT.glob("requirements*.txt"):
+    for file in (ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")):
         shutil.copy(file, folder)
     (folder / ".gitignore").write_text("build/\n.venv/\n")
     who = ["-c", "user.name=name", "-c", "user.email=a@b"]

@@ -87,10 +87,9 @@ def commands(shown: str) -> list[tuple[str, list[str]]]:
     """The programs of a dry run and their flags, in order."""
     found = []
     for line in shown.splitlines():
-        python, *words = shlex.split(line)
-        assert Path(python).name == "python"
-        assert words[:2] == ["-P", "-m"]
-        found.append((words[2].removeprefix("gradjax."), words[3:]))
+        gradjax, program, *flags = shlex.split(line)
+        assert Path(gradjax).name == "gradjax"
+        found.append((program, flags))
     return found
 
 
@@ -109,15 +108,15 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[str]
     return commands(result.out)
 
 
-# The commands that launch/paper.sh calls, by the names that it calls them by.
-CALLED = {"main": "spectra", **{name: name for name in ("prepare", "score", "select", "report")}}
+# The commands that launch/paper.sh calls.
+CALLED = ("prepare", "score", "select", "spectra", "report")
 
 
 class TestDryRun:
     def test_every_experiment_is_run_once_and_reported(self, experiments, shown):
-        runs = {flag(f, "output_dir"): f for program, f in shown if program == "main"}
+        runs = {flag(f, "output_dir"): f for program, f in shown if program == "spectra"}
         reports = [f for program, f in shown if program == "report"]
-        assert len(runs) == len([1 for program, _ in shown if program == "main"])
+        assert len(runs) == len([1 for program, _ in shown if program == "spectra"])
         for row in experiments.itertuples():
             run = f"runs/paper/runs/{row.model}_{row.dataset}_{row.metric}"
             assert flag(runs[run], "flagfile") == str(ROOT / "configs" / f"{row.model}.flags")
@@ -147,14 +146,14 @@ class TestDryRun:
 
     @pytest.mark.parametrize("program", CALLED)
     def test_programs_take_the_flags(self, shown, program: str):
-        command = COMMANDS[CALLED[program]]
+        command = COMMANDS[program]
         calls = {tuple(flags) for name, flags in shown if name == program}
         assert calls
         for arguments in sorted(calls):
             command.flags.unparse_flags()
             assert parse_flags([program, *arguments], command.flags) == [program]
-            if program in ("main", "score"):
-                {"main": spectra.run_config, "score": score.score_config}[program]()
+            if program in ("spectra", "score"):
+                {"spectra": spectra.run_config, "score": score.score_config}[program]()
 
     def test_a_metric_is_scored_as_in_the_paper(self, shown):
         flags_of = [flags for program, flags in shown if program == "score"]
@@ -170,8 +169,8 @@ class TestDryRun:
         assert flag(scored["magpie_instag"], "judge_model") == "gpt-4o"
 
     def test_one_table_is_the_part_of_all_that_it_needs(self, shown, tmp_path: Path):
-        unscored = ["prepare", "prepare", "main", "report"]
-        scored = ["prepare", "score", "select", "main", "report"]
+        unscored = ["prepare", "prepare", "spectra", "report"]
+        scored = ["prepare", "score", "select", "spectra", "report"]
         for table, programs in (("3", unscored), ("4", scored + unscored), ("60", unscored)):
             part = commands(call(ROOT, f"--table={table}", "--dry_run", cwd=tmp_path).out)
             assert [program for program, _ in part] == programs
@@ -193,17 +192,11 @@ class TestDryRun:
         assert message in call(ROOT, *arguments, "--dry_run", status=1, cwd=tmp_path).err
 
 
-def test_shellcheck_finds_nothing():
-    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert found, "install requirements-test.txt"
-    subprocess.run([found, "--external-sources", "launch/paper.sh"], cwd=ROOT, check=True)
-
-
 def test_help_says_how_to_call_it():
     shown = call(ROOT, "--help").out
     assert "bash launch/paper.sh --table=N" in shown
     assert "--dry_run" in shown
-    assert "python -m gradjax.prepare --dataset=NAME --source=FILE --sample=200" in shown
+    assert "gradjax prepare --dataset=NAME --source=FILE --sample=200" in shown
 
 
 def test_help_says_which_tables_are_of_which_model(experiments: pd.DataFrame):
@@ -214,11 +207,11 @@ def test_help_says_which_tables_are_of_which_model(experiments: pd.DataFrame):
         assert re.search(rf"{first} to {last} (for the figures of )?{re.escape(str(model))}", shown)
 
 
-# Plays the five programs: notes how it was called and makes what the program would make.
+# Plays the five commands: notes how it was called and makes what the program would make.
 PLAYED = """#!/usr/bin/env bash
 set -e
-name=${3#gradjax.}
-shift 3
+name=$1
+shift
 printf '%s\\n' "$name $*" >>"$CALLS"
 for word in "$@"; do
   case $word in
@@ -253,13 +246,14 @@ class Played:
         return [line.split()[0] for line in self.calls.read_text().splitlines()], said.err
 
 
-def make_venv(folder: Path, python: str) -> None:
-    """An environment that the scripts of launch/ take for one with all requirements."""
+def make_venv(folder: Path, gradjax: str, repository: Path = ROOT) -> None:
+    """An environment that a repository's scripts take for one with all requirements."""
     (folder / "bin").mkdir(parents=True)
-    (folder / "bin" / "python").write_text(python)
-    (folder / "bin" / "python").chmod(0o755)
-    wanted = (ROOT / "requirements.txt").read_text()
-    (folder / "installed-requirements.txt").write_text(wanted * 2)
+    for name in ("python", "gradjax"):
+        (folder / "bin" / name).write_text(gradjax)
+        (folder / "bin" / name).chmod(0o755)
+    wanted = [(ROOT / name).read_text() for name in ("pyproject.toml", "requirements.txt")]
+    (folder / "installed-requirements.txt").write_text("".join([f"{repository}\n", *wanted]))
 
 
 @pytest.fixture
@@ -268,12 +262,12 @@ def played(tmp_path: Path) -> Played:
 
 
 class TestResuming:
-    ALL = ("prepare", "score", "select", "main", "report")
+    ALL = ("prepare", "score", "select", "spectra", "report")
     JUDGE = "http://127.0.0.1:1/v1"
 
     def test_what_is_finished_stays(self, played: Played):
         # Table 2 has a scored and an unscored experiment.
-        expected = [*self.ALL, "prepare", "prepare", "main", "report"]
+        expected = [*self.ALL, "prepare", "prepare", "spectra", "report"]
         called, said = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
         assert called == expected
         called, said = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
@@ -284,25 +278,25 @@ class TestResuming:
         called, _ = played.run("--table=2", status=3, FAIL="select", JUDGE_BASE_URL=self.JUDGE)
         assert called == ["prepare", "score", "select"]
         called, _ = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
-        assert called == [*self.ALL[2:], "prepare", "prepare", "main", "report"]
+        assert called == [*self.ALL[2:], "prepare", "prepare", "spectra", "report"]
 
     def test_what_follows_from_a_new_output_is_made_again(self, played: Played):
         played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
         shutil.rmtree(played.here / "runs/paper/selections/magpie_difficulty")
         called, _ = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
-        assert called == ["select", "main", "report"]
+        assert called == ["select", "spectra", "report"]
 
     def test_other_flags_of_main_are_another_run(self, played: Played):
         played.run("--table=3", "--", "--limit=2")
         assert played.run("--table=3", "--", "--limit=2")[0] == []
-        assert played.run("--table=3")[0] == ["main", "report"]
+        assert played.run("--table=3")[0] == ["spectra", "report"]
 
     def test_tables_share_what_they_have_in_common(self, played: Played):
-        assert played.run("--table=3")[0] == ["prepare", "prepare", "main", "report"]
+        assert played.run("--table=3")[0] == ["prepare", "prepare", "spectra", "report"]
         assert played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)[0][:3] == list(self.ALL[:3])
         # Of table 28 the run and its report are those of table 2.
         assert played.run("--table=28")[0] == []
-        assert played.run("--table=12")[0] == ["main", "report"]
+        assert played.run("--table=12")[0] == ["spectra", "report"]
 
     def test_data_prepared_by_hand_are_taken(self, played: Played):
         data = played.here / "elsewhere/data"
@@ -310,7 +304,7 @@ class TestResuming:
         for name in ("s1.1.jsonl", "s1.1.jsonl.sha256"):
             (data / name).write_text("by hand")
         called, _ = played.run("--table=12", "--output_dir=elsewhere")
-        assert called == ["prepare", "main", "report"]
+        assert called == ["prepare", "spectra", "report"]
         assert (data / "s1.1.jsonl").read_text() == "by hand"
 
     def test_more_rows_than_the_paper_has_are_refused(self, played: Played):
@@ -321,7 +315,7 @@ class TestResuming:
         called, said = played.run("--table=11", "--output_dir=my runs", status=1)
         assert called == []
         assert "my runs/data/s1.1.jsonl has 201 rows where the paper draws 200" in said
-        command = shlex.split(said[said.index("python -m gradjax.prepare ") :])[3:]
+        command = shlex.split(said[said.index("bin/gradjax prepare ") :])[2:]
         assert command == [
             "--dataset=s1.1",
             "--source=FILE",
@@ -331,7 +325,7 @@ class TestResuming:
         ]
         file.write_text("{}\n" * 200)
         called, _ = played.run("--table=11", "--output_dir=my runs")
-        assert called == ["prepare", "main", "report"]
+        assert called == ["prepare", "spectra", "report"]
 
     def test_a_judge_has_to_be_named_where_it_is_asked(self, played: Played):
         called, said = played.run("--table=2", status=1)
@@ -364,13 +358,13 @@ class TestResuming:
 
     def test_a_figure_has_one_report(self, played: Played):
         called, _ = played.run("--figure=families")
-        assert called == ["prepare", "prepare", *["main"] * 9, "report"]
+        assert called == ["prepare", "prepare", *["spectra"] * 9, "report"]
         assert played.run("--figure=families")[0] == []
 
 
 # Real programs, on a machine whose Hub cache holds tiny models and data under the real names.
-PYTHON = f"""#!/usr/bin/env bash
-PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@"
+GRADJAX = f"""#!/usr/bin/env bash
+PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} -m gradjax "$@"
 """
 SIZE = 5  # rows per group
 ROWS = 43  # of a data set
@@ -446,9 +440,10 @@ class Real:
         self.cache = folder / "cache"
         for name in ("launch", "configs"):
             shutil.copytree(ROOT / name, self.repository / name)
-        shutil.copy(ROOT / "requirements.txt", self.repository)
+        for name in ("pyproject.toml", "requirements.txt"):
+            shutil.copy(ROOT / name, self.repository)
         self.here.mkdir()
-        make_venv(folder / "venv", PYTHON)
+        make_venv(folder / "venv", GRADJAX, self.repository)
         experiments = pd.read_csv(ROOT / "configs" / "paper.csv", dtype=str).query(chosen)
         file = self.repository / "configs" / "paper.csv"
         experiments.assign(n_per_group=SIZE).to_csv(file, index=False)

@@ -5,7 +5,6 @@ import math
 import tempfile
 from pathlib import Path
 
-import fsspec
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -21,6 +20,7 @@ from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder, random_decoder
 from gradjax.model.parameters import all_parameters
+from gradjax.storage.filesystem import url_to_fs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def convert(model: str, output: str) -> None:
       GradjaxError: if the model cannot be loaded, is converted already, or `output` holds
         something.
     """
-    filesystem, path = fsspec.core.url_to_fs(output)
+    filesystem, path = url_to_fs(output)
     if filesystem.exists(path) and filesystem.ls(path):
         raise GradjaxError(f"--output={output} is not empty; give a new directory")
     checkpoint = fetch_weights(resolve(model))

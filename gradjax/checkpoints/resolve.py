@@ -8,7 +8,6 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-import fsspec
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gradjax.checkpoints.orbax import ORIGIN, read_origin
 from gradjax.errors import GradjaxError, did_you_mean
+from gradjax.storage.filesystem import url_to_fs
 
 DEMO = "demo"
 _DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
@@ -133,7 +133,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpoint:
     """A converted checkpoint, fetched once into this machine's cache."""
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = url_to_fs(url)
         origin = filesystem.cat_file(f"{path}/{ORIGIN}")
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradjax"
         key = hashlib.sha256(url.encode() + origin).hexdigest()[:16]
@@ -145,6 +145,8 @@ def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpo
                 filesystem.get(f"{path.rstrip('/')}/", f"{fetched}/", recursive=weights)
                 with suppress(FileExistsError, OSError):  # another process was faster
                     fetched.rename(directory)
+    except GradjaxError:
+        raise
     except Exception as error:  # each filesystem has errors of its own
         raise GradjaxError(
             f"--{flag}={url} cannot be fetched ({_first_line(error)}), expected what "

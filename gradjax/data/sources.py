@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from gradjax.data.catalog import DATASETS, RegisteredDataset, fetch
 from gradjax.data.word_problems import DEMO_GROUPS, demo_rows
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, extras
 
 DEMO = "demo"
 
@@ -229,7 +229,8 @@ def _read_saved(path: pathlib.Path, limit: int | None) -> Iterable[object]:
             f"The directory {path} holds no data set: expected one written by "
             "datasets.save_to_disk, or the path of a .json, .jsonl or .parquet file."
         )
-    import datasets
+    with extras():
+        import datasets
 
     try:
         data = datasets.load_from_disk(str(path))
@@ -252,7 +253,8 @@ def _is_saved(path: pathlib.Path) -> bool:
 
 
 def _read_hub(name: str, limit: int | None) -> Iterable[object]:
-    import datasets
+    with extras():
+        import datasets
 
     try:
         data = datasets.load_dataset(name, split="train")

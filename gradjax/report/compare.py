@@ -23,6 +23,7 @@ from gradjax.report.length import (
     match,
     matched_effect,
 )
+from gradjax.report.ranks import auroc
 from gradjax.storage.results import ALL, KEY, RunValues, example_values
 
 COLUMNS = [
@@ -185,11 +186,6 @@ def _auroc_interval(high: np.ndarray, low: np.ndarray, estimate: float) -> dict[
     else:
         ends = rank_compare_2indep(high, low).conf_int(alpha=INTERVAL)
     return {"auroc_low": max(ends[0], 0.0), "auroc_high": min(ends[1], 1.0)}
-
-
-def auroc(high: np.ndarray, low: np.ndarray) -> float:
-    """P(high > low) + P(high = low) / 2."""
-    return float(stats.mannwhitneyu(high, low).statistic / (len(high) * len(low)))
 
 
 def sentence(comparison: Comparison) -> str:

@@ -14,7 +14,6 @@ import dataclasses
 from typing import Literal
 
 import numpy as np
-import statsmodels.api as sm
 from jaxtyping import Float, Int
 from scipy import stats
 
@@ -136,6 +135,8 @@ def matched_effect(
     The constant of a least-squares fit, with an error that allows for unequal variances (HC3);
     None where the pairs are too few for it. Rows without a positive value are left out.
     """
+    import statsmodels.api as sm  # here: gradjax.select, which reads CALIPER, does without
+
     i, j = pairs.T
     usable = (high[i] > 0) & (low[j] > 0)
     i, j = i[usable], j[usable]

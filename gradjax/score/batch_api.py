@@ -4,19 +4,22 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradjax.errors import GradjaxError
-from gradjax.score.answers import keep, open_cache
+from gradjax.score.answers import Failure, content_of, keep, open_cache, shorten, unparsable
 from gradjax.score.config import JudgedMetric
-from gradjax.score.endpoint import Failure, Judge, content_of, shorten, unparsable
 from gradjax.score.judge import PARSERS, prompts_of
 from gradjax.storage.filesystem import whole_file
 from gradjax.structs import Example
 
+if TYPE_CHECKING:
+    from gradjax.score.endpoint import Judge
+
 _CUSTOM_ID = re.compile("([a-z]+)-([0-9a-f]{32})")
 
 
-def batch_line(judge: Judge, label: str, prompt: str) -> str:
+def batch_line(judge: "Judge", label: str, prompt: str) -> str:
     """A line of a Batch-API file. `label`: letters that come back with the answer."""
     return json.dumps(
         {
@@ -49,7 +52,7 @@ def batch_answer(line: bytes) -> tuple[str, str, str | Failure]:
     return label, key, Failure(f"no response: {shorten(result)}", answered=False)
 
 
-def batch_lines(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
+def batch_lines(judge: "Judge", metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
     """Lines of a Batch-API file: a metric's requests whose answers are not in the cache."""
     seen = set()
     with open_cache(judge.cache, read_only=True) as cache:
@@ -70,7 +73,7 @@ def write_batch(path: str | Path, lines: Iterable[str]) -> None:
         temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def read_batch_results(judge: Judge, path: str | Path) -> tuple[int, list[str]]:
+def read_batch_results(judge: "Judge", path: str | Path) -> tuple[int, list[str]]:
     """Puts the answers of a Batch-API results file into the cache.
 
     Returns:

@@ -9,8 +9,6 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-import os
-import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,23 +19,23 @@ import openai
 from absl import logging
 
 from gradjax.errors import GradjaxError
-from gradjax.score.answers import keep, open_cache
+from gradjax.score.answers import (
+    KEY_VARIABLE,
+    Failure,
+    api_key,
+    content_of,
+    keep,
+    open_cache,
+    shorten,
+    unparsable,
+)
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer that cannot be used comes again word for word at temperature 0.
 _TEMPERATURES = (0.0, 0.7, 0.7)
 # So many requests in a row without an answer are the endpoint's fault, not that of the rows.
 _GIVE_UP_AFTER = 20
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why there is nothing to use."""
-
-    reason: str
-    answered: bool  # by the model; False where the endpoint is at fault, and nothing was paid
 
 
 @dataclasses.dataclass
@@ -129,7 +127,7 @@ class Judge:
                 return Failure("not asked", answered=False)
 
         client = openai.AsyncOpenAI(
-            api_key=_api_key() or "none",  # local servers need none, the client does
+            api_key=api_key() or "none",  # local servers need none, the client does
             base_url=self.base_url,
             timeout=openai.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
             max_retries=self.max_retries,
@@ -197,7 +195,7 @@ class Judge:
         status = error.status_code if isinstance(error, openai.APIStatusError) else None
         # Once there were answers, 403 is what some say to a row that their moderation dislikes.
         if status == 401 or (status == 403 and not (self._answered or self._welcome)):
-            sent = f"the key in {KEY_VARIABLE}" if _api_key() else "requests without a key"
+            sent = f"the key in {KEY_VARIABLE}" if api_key() else "requests without a key"
             raise GradjaxError(
                 f"--judge_base_url={self.base_url} refuses {sent} ({found}): set {KEY_VARIABLE} to "
                 f"a key that may use --judge_model={self.model}"
@@ -234,58 +232,6 @@ class Judge:
         body = error.body
         said = body.get("message") if isinstance(body, dict) else body
         return f"HTTP {error.status_code}: {shorten(said or error.response.reason_phrase)}"
-
-
-def content_of(reply: object) -> str | Failure:
-    """The text in a chat completion; a Failure where there is none, or not all of it.
-
-    Args:
-      reply: parsed JSON, whatever it is.
-    """
-    match reply:
-        case {"choices": [{"message": {"refusal": str(refusal)}}, *_]} if refusal:
-            return Failure(f"refused: {shorten(refusal)}", answered=True)
-        case {"choices": [{"finish_reason": "length" | "content_filter" as reason}, *_]}:
-            return Failure(f"finish_reason {reason}", answered=True)
-        case {"choices": [{"message": {"content": str(content)}}, *_]} if content.strip():
-            return _without_key(_text(content))
-        case {"choices": [{"message": {}}, *_]}:
-            return Failure("empty", answered=True)
-    return Failure(f"the reply is no chat completion: {shorten(reply)}", answered=False)
-
-
-def unparsable(content: str) -> Failure:
-    """What an answer is called that says nothing of what was asked for."""
-    return Failure(f"unparsable: {shorten(content)}", answered=True)
-
-
-def shorten(said: object) -> str:
-    """Something that came from outside as one short printable line, without the key."""
-    text = " ".join(_without_key(_text(str(said))).split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
-def _text(said: str) -> str:
-    """The same without halves of surrogate pairs, which no file can hold."""
-    return said.encode("utf-8", "replace").decode()
-
-
-def _without_key(text: str) -> str:
-    # What is shorter is a placeholder, such as EMPTY, and may well be meant.
-    key = _api_key()
-    return text.replace(key, "(key)") if len(key) >= 8 else text
-
-
-def _api_key() -> str:
-    """The key; empty where there is none."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
-    if not re.fullmatch("[!-~]*", key):
-        raise GradjaxError(
-            f"{KEY_VARIABLE} holds a space or another character that no key has: set it to the key "
-            "alone"
-        )
-    return key
 
 
 def _require_address(base_url: str) -> None:

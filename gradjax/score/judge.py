@@ -11,13 +11,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradjax.errors import GradjaxError
-from gradjax.score.answers import open_cache
+from gradjax.score.answers import Failure, open_cache
 from gradjax.score.config import JudgedMetric, Score
-from gradjax.score.endpoint import Failure, Judge
 from gradjax.structs import Example
+
+if TYPE_CHECKING:
+    from gradjax.score.endpoint import Judge
 
 PLACEHOLDER = "{instruction}"
 
@@ -34,7 +36,7 @@ _TOKENS_OF_ANSWER: dict[JudgedMetric, int] = {"instag": 150, "difficulty": 50}
 T = TypeVar("T")
 
 
-def score_instag(judge: Judge, examples: Sequence[Example]) -> list[Score]:
+def score_instag(judge: "Judge", examples: Sequence[Example]) -> list[Score]:
     """The column `instag`: how many different tags the judge gives.
 
     Tags are compared as `parse_tags` writes them. The paper's reference code counts `"tag":` in
@@ -54,13 +56,13 @@ def score_instag(judge: Judge, examples: Sequence[Example]) -> list[Score]:
     return [_score("instag", answer, len) for answer in tags]
 
 
-def score_difficulty(judge: Judge, examples: Sequence[Example]) -> list[Score]:
+def score_difficulty(judge: "Judge", examples: Sequence[Example]) -> list[Score]:
     """The column `difficulty`: the judge's rating from 1 to 10. See `score_instag`."""
     ratings = judge.ask([*prompts_of(judge, "difficulty", examples)], parse_difficulty)
     return [_score("difficulty", answer, float) for answer in ratings]
 
 
-def judged_tags(judge: Judge, examples: Sequence[Example]) -> list[list[str] | None]:
+def judged_tags(judge: "Judge", examples: Sequence[Example]) -> list[list[str] | None]:
     """The tags behind `instag`, from the cache alone; None for a row without."""
     prompts = prompts_of(judge, "instag", examples)
     with open_cache(judge.cache, read_only=True) as cache:
@@ -146,7 +148,7 @@ class JudgePlan:
         )
 
 
-def plan_judging(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> JudgePlan:
+def plan_judging(judge: "Judge", metric: JudgedMetric, examples: Sequence[Example]) -> JudgePlan:
     """What a metric would ask of the endpoint; asks and writes nothing."""
     prompts = prompts_of(judge, metric, examples)
     cached, missing = 0, {}
@@ -164,7 +166,7 @@ def own_prompt(metric: JudgedMetric) -> str:
     return (Path(__file__).parent / "prompts" / f"{metric}.txt").read_text(encoding="utf-8")
 
 
-def prompts_of(judge: Judge, metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
+def prompts_of(judge: "Judge", metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
     """What the judge is asked about each example."""
     prompt = own_prompt(metric) if judge.prompt is None else judge.prompt
     # One pass: what a row holds is not looked into, not even for the placeholder.

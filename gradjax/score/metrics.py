@@ -4,16 +4,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from absl import logging
 
 from gradjax.checkpoints.pretrained import identity
 from gradjax.checkpoints.resolve import load_tokenizer, resolve
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, extras
 from gradjax.hashing import sha256
 from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, Score, ScoreConfig
-from gradjax.score.endpoint import Judge
 from gradjax.score.ifd import score_ifd, score_perplexity
 from gradjax.score.judge import own_prompt, read_prompt, score_difficulty, score_instag
 from gradjax.score.language_model import (
@@ -23,6 +22,9 @@ from gradjax.score.language_model import (
 )
 from gradjax.score.reward import load_reward_model, score_reward
 from gradjax.structs import Example
+
+if TYPE_CHECKING:
+    from gradjax.score.endpoint import Judge
 
 Scorer = Callable[[Sequence[Example]], list[Score]]
 
@@ -45,7 +47,7 @@ class Family:
         return FAMILIES[self.name]
 
 
-def asked_families(config: ScoreConfig, judge: Judge | None) -> list[Family]:
+def asked_families(config: ScoreConfig, judge: "Judge | None") -> list[Family]:
     """What the config asks for; models are looked up, no weight is read.
 
     Raises:
@@ -54,11 +56,12 @@ def asked_families(config: ScoreConfig, judge: Judge | None) -> list[Family]:
     return [_family(name, config, judge) for name in config.families]
 
 
-def make_judge(config: ScoreConfig) -> Judge | None:
+def make_judge(config: ScoreConfig) -> "Judge | None":
     """What judges, None if nothing is to be judged.
 
     Raises:
-      GradjaxError: if a flag is wrong, or answers cannot be kept in the output directory.
+      GradjaxError: if a flag is wrong, answers cannot be kept in the output directory, or the
+        extra `score` is not installed.
     """
     if not config.judged:
         return None
@@ -67,6 +70,8 @@ def make_judge(config: ScoreConfig) -> Judge | None:
             f"--output_dir={config.output_dir}: answers are kept in a file on a local disk; give "
             "a local directory for judged metrics"
         )
+    with extras():
+        from gradjax.score.endpoint import Judge
     return Judge(
         base_url=config.judge_base_url,
         model=config.judge_model or "",
@@ -76,7 +81,7 @@ def make_judge(config: ScoreConfig) -> Judge | None:
     )
 
 
-def _family(name: str, config: ScoreConfig, judge: Judge | None) -> Family:
+def _family(name: str, config: ScoreConfig, judge: "Judge | None") -> Family:
     if name in JUDGED:
         assert judge is not None
         prompt = judge.prompt or own_prompt(cast(JudgedMetric, name))

@@ -8,7 +8,7 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import pyarrow as pa
@@ -29,7 +29,6 @@ from gradjax.score.config import (
     Score,
     ScoreConfig,
 )
-from gradjax.score.endpoint import Judge
 from gradjax.score.gradients import run_scores
 from gradjax.score.judge import judged_tags, plan_judging, tag_coverage
 from gradjax.score.metrics import Family, asked_families, make_judge
@@ -39,6 +38,9 @@ from gradjax.storage.results import KEY
 from gradjax.storage.store import read_manifest
 from gradjax.structs import Example
 from gradjax.version import __version__
+
+if TYPE_CHECKING:
+    from gradjax.score.endpoint import Judge
 
 TABLE = "scores/000000.parquet"
 RUN = "run"  # the family of what a run of gradjax spectra measured
@@ -149,7 +151,7 @@ def read_scores(directory: str | Path) -> pd.DataFrame:
     return pq.read_table(io.BytesIO(shard)).to_pandas()
 
 
-def _tags(judge: Judge, examples: Sequence[Example]) -> dict[str, int]:
+def _tags(judge: "Judge", examples: Sequence[Example]) -> dict[str, int]:
     """How many different tags the rows of each group have: the group's tag vocabulary."""
     groups: dict[str, list[Example]] = {}
     for example in (e for e in examples if e.status == "ok"):
@@ -157,7 +159,7 @@ def _tags(judge: Judge, examples: Sequence[Example]) -> dict[str, int]:
     return {group: tag_coverage(judged_tags(judge, rows)) for group, rows in groups.items()}
 
 
-def _take_results(judge: Judge, path: str) -> None:
+def _take_results(judge: "Judge", path: str) -> None:
     answers, faults = read_batch_results(judge, path)
     logging.info("%s: %d answers", path, answers)
     for fault in faults:

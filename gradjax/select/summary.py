@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradjax.report.compare import auroc
 from gradjax.report.length import CALIPER
+from gradjax.report.ranks import auroc
 from gradjax.select.choose import HIGH, LOW, Choice, ascend, rank_values
 from gradjax.select.rule import MATCHING, Rule, Term
 from gradjax.select.sources import Scored

@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import fsspec
 from absl import logging
 
 from gradjax.config import as_directory
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, extras
 
 # A lock object says by being renewed that its process lives. A process that could not renew it
 # writes no more, well before others take it for dead.
@@ -61,6 +61,16 @@ def whole_file(target: Path, flag: str = "output") -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def url_to_fs(url: str, **options: Any) -> tuple[Any, str]:
+    """fsspec's: the file system of a URL and the path in it.
+
+    Raises:
+      GradjaxError: if the package that reaches such URLs is not installed.
+    """
+    with extras():
+        return fsspec.url_to_fs(url, **options)
 
 
 class LocalPlace:
@@ -195,7 +205,7 @@ class RemotePlace:
         self.directory = url
         with self.faults("reach"):
             # Others write there as well: what was listed once is not what is there now.
-            self.filesystem, self._root = fsspec.url_to_fs(url, use_listings_cache=False)
+            self.filesystem, self._root = url_to_fs(url, use_listings_cache=False)
         self._lock = ""
         self._renewed = 0.0  # seconds since the epoch, before the renewal was sent
 
