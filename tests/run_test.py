@@ -45,7 +45,7 @@ FLAGS = ("--limit=12", "--batch_tokens=128", "--layers=2-3")
 
 
 def config(output_dir: Path, **changes) -> RunConfig:
-    defaults = {"spectra": SMALL, "limit": 5, "output_dir": output_dir}
+    defaults = {"spectra": SMALL, "limit": 5, "batch_tokens": 128, "output_dir": output_dir}
     return RunConfig(**{**defaults, **changes})
 
 
@@ -371,7 +371,7 @@ def test_batch_that_does_not_fit(error, message, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compute, "batch_spectra", fail)
     with pytest.raises((GradjaxError, jax.errors.JaxRuntimeError), match=message):
-        run(config(tmp_path / "run"))
+        run(config(tmp_path / "run", batch_tokens=None))
 
 
 def test_one_example_is_logged_with_its_target_tokens_marked(uninterrupted, tmp_path):

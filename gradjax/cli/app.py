@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import cast
 
 from absl import app, logging
 
@@ -27,7 +29,8 @@ def start(main: Callable[[list[str]], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         logging.get_absl_handler().python_handler.addFilter(_worth_saying)
-        # transformers would say at import that it misses PyTorch, which gradjax does not use.
+        # gradjax does not use PyTorch. transformers would import it, for seconds, or miss it aloud.
+        sys.modules.setdefault("torch", cast(ModuleType, None))  # as if it were not installed
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             if len(argv) > 1:
