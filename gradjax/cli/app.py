@@ -5,8 +5,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import cast
 
 from absl import app, logging
 
@@ -29,8 +27,7 @@ def start(main: Callable[[list[str]], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         logging.get_absl_handler().python_handler.addFilter(_worth_saying)
-        # gradjax does not use PyTorch. transformers would import it, for seconds, or miss it aloud.
-        sys.modules.setdefault("torch", cast(ModuleType, None))  # as if it were not installed
+        # transformers would say at import that it misses PyTorch, which gradjax does not use.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             if len(argv) > 1:
