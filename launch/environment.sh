@@ -59,11 +59,17 @@ choose_python() {
     "Debian and Ubuntu: python3-venv) or name it: PYTHON=/path/to/python3."
 }
 
-# The lines of pip as one line that changes, where someone is watching.
+# The lines of pip as one line that changes, where someone is watching; in a log, one of them every
+# 20 seconds.
 follow() {
-  local line
+  local line said=$SECONDS
   while IFS= read -r line; do
-    if [[ -t 2 ]]; then printf '\r\033[K%.79s' "$line" >&2; fi
+    if [[ -t 2 ]]; then
+      printf '\r\033[K%.79s' "$line" >&2
+    elif ((SECONDS - said >= 20)); then
+      printf 'gradjax: %.70s\n' "$line" >&2
+      said=$SECONDS
+    fi
   done
   if [[ -t 2 ]]; then printf '\r\033[K' >&2; fi
 }

@@ -67,15 +67,15 @@ def torch_attention(config, q, k, v, cotangent, window):
 
 def gradjax_attention(config, q, k, v, cotangent, window):
     """The output and the cotangents of q, k, v as a pullback of `attention`."""
-    rope, limit = rope_tables(config, q.shape[1]), jnp.int32(window)
+    rope = rope_tables(config, q.shape[1])
 
     @jax.jit
-    def pull_back(q, k, v, cotangent):
-        attend = partial(attention.attention, config, rope=rope, window=limit)
+    def pull_back(q, k, v, cotangent, window):
+        attend = partial(attention.attention, config, rope=rope, window=window)
         out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v)[0], q, k, v)
         return [out, *vjp(cotangent)]
 
-    return pull_back(*(jnp.asarray(x) for x in (q, k, v, cotangent)))
+    return pull_back(*(jnp.asarray(x) for x in (q, k, v, cotangent)), jnp.int32(window))
 
 
 def assert_equals_torch(config, batch, length, window):

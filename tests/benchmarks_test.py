@@ -110,6 +110,7 @@ def accelerator(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_program_keeps_what_it_measured_and_says_what_failed(tmp_path):
     output = tmp_path / "figures.jsonl"
     run = accelerator(

@@ -1,7 +1,4 @@
-"""How every test runs: offline, on the CPU, with shapes and dtypes checked at run time.
-
-`JAX_PLATFORMS=cuda pytest -m gpu` (or `tpu`) runs the tests that need an accelerator.
-"""
+"""How every test runs: offline, on the CPU, with shapes and dtypes checked at run time."""
 
 import atexit
 import logging
@@ -14,10 +11,11 @@ from collections.abc import Iterator
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for library in ("HF_HUB", "TRANSFORMERS", "HF_DATASETS"):
     os.environ[f"{library}_OFFLINE"] = "1"
-# Processes that tests start share what they compile, with each other and with nothing else.
-_compiled = tempfile.mkdtemp(prefix="gradjax-tests-")
-atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+# Workers and processes that tests start share what they compile, and with nothing else.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix="gradjax-tests-")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax  # noqa: E402

@@ -17,6 +17,7 @@ from statsmodels.stats.multitest import multipletests
 import gradjax
 from benchmarks.made_up_runs import SIDES, Group, write_run
 from gradjax.errors import GradjaxError
+from gradjax.report import figures
 from gradjax.report.compare import COLUMNS, compare, difference, sentence
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
@@ -54,10 +55,28 @@ def directory(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "run", groups)
 
 
+PAIRS = ("long:short", "long:same")
+
+
 @pytest.fixture(scope="module")
-def report(directory) -> Path:
-    wanted = ReportConfig(runs=(str(directory),), compare=("long:short", "long:same"))
-    return write_report(wanted).directory
+def program(directory) -> subprocess.CompletedProcess:
+    """`python -m gradjax.report`, which has written the run's report."""
+    command = [sys.executable, "-m", "gradjax.report", f"--run={directory}"]
+    command += [f"--compare={pair}" for pair in PAIRS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def report(directory, program) -> Path:
+    assert program.returncode == 0, program.stderr
+    return directory / "report"
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Drawing takes seconds."""
+    monkeypatch.setattr(figures, "save", lambda _, path: path.with_suffix(".svg").touch())
 
 
 def by_example(directory: Path, group: str, statistic: str, projection: str) -> np.ndarray:
@@ -225,7 +244,7 @@ def test_layers_restrict_every_number(directory):
         read_values(directory, layers="3")
 
 
-def test_published_numbers_stand_beside_measured_ones(tmp_path, directory):
+def test_published_numbers_stand_beside_measured_ones(tmp_path, no_figures):
     spectra, similarity = published("qwen2.5_7b", "wizardlm/ifd_qwen7b")
     assert tuple(spectra.loc[("nuclear_norm", "k"), ["high", "low"]]) == (1.3, 6.1)
     assert similarity.empty  # the paper has no table of it
@@ -274,15 +293,14 @@ def test_everything_is_written(report):
     assert "empty_response" in page
 
 
-def test_python_and_the_program_say_the_same(directory, report, tmp_path):
-    command = [sys.executable, "-m", "gradjax.report", f"--run={directory}"]
-    command += ["--compare=long:short", "--compare=long:same", f"--output_dir={tmp_path}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("long against short, beyond length: nuclear norm yes")
+def test_python_and_the_program_say_the_same(directory, program, report, tmp_path, no_figures):
+    assert program.stdout.startswith("long against short, beyond length: nuclear norm yes")
+    written = write_report(
+        ReportConfig((str(directory),), PAIRS, output_dir=str(tmp_path / "here"))
+    )
+    assert written.directory == tmp_path / "here"
     pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "comparisons.csv"), pd.read_csv(report / "comparisons.csv")
+        pd.read_csv(written.directory / "comparisons.csv"), pd.read_csv(report / "comparisons.csv")
     )
     frame = gradjax.open_run(directory).compare("long", "short")
     table = pd.read_csv(report / "comparisons.csv").query("comparison == 'long:short'")
@@ -321,7 +339,7 @@ def test_several_runs_stand_side_by_side(directory, tmp_path):
     assert (written.directory / "figures" / "models_long_short_effective_rank.svg").exists()
 
 
-def test_runs_of_one_model_are_told_apart_by_their_directories(directory, tmp_path):
+def test_runs_of_one_model_are_told_apart_by_their_directories(directory, tmp_path, no_figures):
     groups = {"long": draw(4, 31, 80), "short": draw(5, 29)}
     others = [write_run(tmp_path / name / "other", groups) for name in ("x", "y")]
     config = ReportConfig(

@@ -40,7 +40,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
 
 
 def config(output_dir: Path, **changes) -> RunConfig:
-    defaults = {"spectra": SMALL, "limit": 5, "output_dir": output_dir}
+    defaults = {"spectra": SMALL, "limit": 5, "batch_tokens": 128, "output_dir": output_dir}
     return RunConfig(**{**defaults, **changes})
 
 
@@ -461,7 +461,7 @@ def test_batch_that_does_not_fit(error, message, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compute, "batch_spectra", fail)
     with pytest.raises((GradjaxError, jax.errors.JaxRuntimeError), match=message):
-        run(config(tmp_path / "run"))
+        run(config(tmp_path / "run", batch_tokens=None))
 
 
 def test_one_example_is_logged_with_its_target_tokens_marked(uninterrupted, tmp_path):

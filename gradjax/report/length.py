@@ -115,8 +115,8 @@ def match(
     apart = np.abs(highs[left] - lows[right])
     free_high, free_low = [True] * len(highs), [True] * len(lows)
     pairs = []
-    for at in np.lexsort((apart[:, 1], apart[:, 0])):
-        i, j = left[at], right[at]
+    closest_first = np.lexsort((apart[:, 1], apart[:, 0]))
+    for i, j in zip(left[closest_first].tolist(), right[closest_first].tolist(), strict=True):
         if free_high[i] and free_low[j]:
             free_high[i] = free_low[j] = False
             pairs.append((i, j))
