@@ -260,6 +260,7 @@ def test_the_response_and_its_end_are_learned(tokenizer):
         assert tokenizer.decode(ids[mask], skip_special_tokens=False) == f"{output}{END_OF_TEXT}"
 
 
+@pytest.mark.slow
 def test_training_killed_and_started_again_ends_with_the_same_weights(tmp_path):
     killed = f"""
 import os, signal

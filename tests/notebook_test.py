@@ -107,12 +107,14 @@ def almost(value: float):
     return pytest.approx(value, rel=0.01)  # three digits are shown
 
 
+@pytest.mark.slow
 def test_every_cell_runs(executed: Executed):
     cells = code_cells(executed.notebook)
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_what_the_code_gives(executed: Executed):
     for kept, ran in zip(code_cells(read_notebook()), code_cells(executed.notebook), strict=True):
         assert words(kept), f"cell {kept.id} was kept without its outputs"
@@ -144,6 +146,7 @@ def test_absolute_paths_are_found():
         assert not ABSOLUTE_PATH.search(text)
 
 
+@pytest.mark.slow
 def test_group_means_are_those_of_the_singular_values(executed: Executed):
     (text,) = executed.texts("means")
     printed = {label: numbers for label, *numbers in map(str.split, text.splitlines())}
@@ -153,6 +156,7 @@ def test_group_means_are_those_of_the_singular_values(executed: Executed):
         assert [float(number) for number in printed[group]] == [almost(e) for e in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low", ["corrupted", "fast"])
 @pytest.mark.parametrize("statistic", ["nuclear_norm", "effective_rank"])
 def test_gap_and_auroc_are_the_stores(executed: Executed, low: str, statistic: str):
@@ -187,6 +191,7 @@ def assert_verdicts(text: str, run: Run, low: str, *, paired: bool) -> None:
             assert printed[statistic][projection] in expected
 
 
+@pytest.mark.slow
 def test_slow_and_corrupted_differ_at_equal_length(executed: Executed):
     slow = lengths(executed.whole, "slow")
     assert slow == lengths(executed.whole, "corrupted")
@@ -199,6 +204,7 @@ def test_slow_and_corrupted_differ_at_equal_length(executed: Executed):
     assert_verdicts(verdicts, executed.whole, "corrupted", paired=True)
 
 
+@pytest.mark.slow
 def test_slow_and_fast_share_no_length(executed: Executed):
     assert max(lengths(executed.whole, "fast")) < min(lengths(executed.whole, "slow"))
     printed = frame(executed.texts("fast")[0])
@@ -206,6 +212,7 @@ def test_slow_and_fast_share_no_length(executed: Executed):
     assert set(printed["beyond_length"].values()) == {"undecided"}
 
 
+@pytest.mark.slow
 def test_the_run_of_equal_length_decides(executed: Executed):
     tokens = min(lengths(executed.whole, "fast"))
     for group in ("slow", "fast", "corrupted"):

@@ -84,7 +84,7 @@ def test_independent_processes_share_the_rows(one_process, tmp_path):
     assert names == {"-0000", "-0001"}
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_process_costs_only_its_rows_and_any_number_completes(dies, one_process, tmp_path):
     directory = tmp_path / "run"
     processes = start_together(directory, 2)

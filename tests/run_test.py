@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -471,6 +472,9 @@ def test_one_example_is_logged_with_its_target_tokens_marked(uninterrupted, tmp_
     row = demo_rows("slow")[0]
     assert f"{row['instruction']}\\n⟦{row['output']}⟧" in errors
     assert "tpu" not in errors.lower()  # libraries' own lines stay out
+    first = errors.splitlines()[0]
+    for said in ("demo (demo), 458,784 parameters in float32, on", "1 of slow", str(tmp_path)):
+        assert said in first
 
 
 def test_model_that_does_not_fit(monkeypatch):

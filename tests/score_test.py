@@ -16,6 +16,7 @@ from gradjax.errors import GradjaxError
 from gradjax.runs.run import run
 from gradjax.score import run as score_run
 from gradjax.score.config import FAMILIES, ScoreConfig
+from gradjax.score.endpoint import Judge
 from gradjax.score.run import plan, score
 from gradjax.score.summary import format_scores
 from tests.fake_endpoint import answer, error, fake_endpoint
@@ -149,7 +150,7 @@ def test_other_settings_are_refused(rows, tmp_path):
     before = table(Path(score(config(rows, directory))))
     cut = config(rows, directory, max_length=31)
     for asked in (score, plan):
-        with pytest.raises(GradjaxError, match=r"another max_length \(4096 there, 31 now\)"):
+        with pytest.raises(GradjaxError, match=r"settings: max_length \(4096 there, 31 now\)"):
             asked(cut)
     assert plan(dataclasses.replace(cut, overwrite=True)) == [
         "perplexity: 4 of 4 different rows to score"
@@ -229,7 +230,7 @@ def test_a_run_of_other_rows_is_refused(gradients, rows, tmp_path):
 
 
 def test_judged_rows_are_asked_once_and_failures_again(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradjax.score.metrics.Judge", quick_judge)
+    monkeypatch.setattr("gradjax.score.endpoint.Judge", quick_judge)
     down = True
 
     def behaviour(prompt: str, _: int):
@@ -258,7 +259,7 @@ def test_judged_rows_are_asked_once_and_failures_again(rows, tmp_path, monkeypat
 
 
 def test_rows_that_the_judge_will_not_have_stop_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("gradjax.score.metrics.Judge", quick_judge)
+    monkeypatch.setattr("gradjax.score.endpoint.Judge", quick_judge)
     rows = tmp_path / "rows.jsonl"
     lines = [{"instruction": "x" * (n + 1), "output": "y"} for n in range(50)]
     rows.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -273,7 +274,7 @@ def test_rows_that_the_judge_will_not_have_stop_no_run(tmp_path, monkeypatch):
 
 
 def test_the_tag_vocabulary_is_told(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradjax.score.metrics.Judge", quick_judge)
+    monkeypatch.setattr("gradjax.score.endpoint.Judge", quick_judge)
 
     def behaviour(prompt: str, _: int):
         return answer('["sums", "pens"]' if LONG in prompt else '["sums"]')
@@ -286,8 +287,6 @@ def test_the_tag_vocabulary_is_told(rows, tmp_path, monkeypatch):
 
 
 def quick_judge(**settings):
-    from gradjax.score.endpoint import Judge
-
     return Judge(max_retries=0, timeout=5.0, **settings)
 
 

@@ -17,7 +17,10 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "qwen2")],
+)
 def test_every_split_of_eight_gives_the_numbers_of_one_device(family, tmp_path):
     # Some sizes are multiples of 8; others are not, and stay whole on some meshes.
     sizes = {"intermediate_size": 56, "num_hidden_layers": 2, "vocab_size": 104}

@@ -7,6 +7,7 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -142,7 +143,10 @@ def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpo
             directory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
                 fetched = Path(scratch) / key
-                filesystem.get(f"{path.rstrip('/')}/", f"{fetched}/", recursive=weights)
+                if weights:
+                    filesystem.get(f"{path.rstrip('/')}/", f"{fetched}/", recursive=True)
+                else:
+                    _get_files(filesystem, path, fetched)
                 with suppress(FileExistsError, OSError):  # another process was faster
                     fetched.rename(directory)
     except GradjaxError:
@@ -154,6 +158,14 @@ def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpo
         ) from error
     name = _folder_name(url.rstrip("/").rsplit("/", 1)[-1])
     return Checkpoint(name, directory, url, None, read_origin(directory))
+
+
+def _get_files(filesystem: Any, path: str, target: Path) -> None:
+    """Fetches the files of a folder, but none of the folders in it."""
+    target.mkdir()
+    for entry in filesystem.ls(path, detail=True):
+        if entry["type"] == "file":
+            filesystem.get_file(entry["name"], str(target / Path(entry["name"]).name))
 
 
 def _from_hub(

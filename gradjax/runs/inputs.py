@@ -105,7 +105,7 @@ def log_inputs(config: RunConfig, inputs: Inputs, mesh: Mesh) -> None:
     weights = (math.prod(p.shape(inputs.model)) for p in all_parameters(inputs.model).values())
     rows = ", ".join(f"{of['rows']:,} of {group}" for group, of in inputs.data.items())
     logging.info(
-        "%s (%s), %s parameters in %s, on %d x %s; rows: %s; output: %s",
+        "%s (%s), %s parameters in %s, on %d x %s; rows: %s; into %s",
         inputs.checkpoint.name,
         inputs.checkpoint.source,
         f"{sum(weights):,}",
