@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 
 import gradjax
+from gradjax.checkpoints import hf_config
 from gradjax.checkpoints.resolve import resolve
 from gradjax.config import RunConfig, SpectraConfig, TokenConfig
 from gradjax.data.sources import parse_data_flags
@@ -26,6 +28,7 @@ from gradjax.runs import run as run_module
 from gradjax.runs.inputs import default_directory
 from gradjax.runs.manifest import git_revision
 from gradjax.runs.run import run
+from gradjax.storage import store as store_module
 from gradjax.storage.results import format_table, group_means, rows_to_come, unused_rows
 from gradjax.storage.store import TABLES, open_store, read_manifest, read_table
 from tests.whole_runs import MAIN, start, tables
@@ -149,6 +152,27 @@ def test_nothing_to_compute_changes_nothing(own_run, monkeypatch):
     monkeypatch.setattr(run_module, "load_weights", None)
     run(own_run)
     assert every_byte(own_run.output_dir) == before
+
+
+def test_checkpoint_config_and_finished_rows_are_read_once(tmp_path, monkeypatch):
+    run(config(tmp_path / "run", limit=1))
+    calls = Counter()
+
+    def count(module, name):
+        call = getattr(module, name)
+
+        def counted(*arguments, **options):
+            calls[name] += 1
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(inputs_module, "resolve")
+    count(hf_config, "read_json_object")
+    count(store_module, "finished_rows")
+    run(config(tmp_path / "run", limit=2))
+    assert set(calls.values()) == {1}
+    assert len(calls) == 3
 
 
 def test_every_call_that_computed_is_recorded(tmp_path):
