@@ -194,6 +194,7 @@ def test_only_gradjaxs_own_checkout_has_a_revision(tmp_path):
         ("demo", ["demo"], "demo"),
         ("qwen2.5_0.5b", ["demo"], "qwen2.5_0.5b-demo"),
         ("demo", ["a/rows.json"], "demo-rows"),
+        ("demo", ["a/demo.json"], "demo-demo"),
         ("m", ["good=x.json", "demo", "bad=y.json"], "m-good-demo-bad"),
     ],
 )
