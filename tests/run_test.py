@@ -28,7 +28,7 @@ from gradjax.runs.manifest import git_revision
 from gradjax.runs.run import run
 from gradjax.storage.results import format_table, group_means, rows_to_come, unused_rows
 from gradjax.storage.store import TABLES, open_store, read_manifest, read_table
-from tests.whole_runs import MAIN, start, tables
+from tests.whole_runs import MAIN, every_byte, start, tables
 
 pytestmark = pytest.mark.smoke
 
@@ -92,12 +92,6 @@ def test_manifest_tells_what_was_run(uninterrupted):
     assert manifest["versions"]["gradjax"] == gradjax.__version__
     assert invocation["versions"]["jax"] == jax.__version__
     assert [machine["platform"] for machine in invocation["machines"]] == ["cpu"]
-
-
-def every_byte(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
