@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from jax._src import distributed  # what `initialize` found out is not public
 
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, first_line
 
 AUTO = "auto"
 _STOPPED = "gradjax/stopped/"
@@ -58,7 +58,7 @@ class Processes:
         except jax.errors.JaxRuntimeError as error:
             raise GradjaxError(
                 f"process {self.index} of {self.count} has lost the others "
-                f"({str(error).splitlines()[0]}); see their logs, and start all of them again"
+                f"({first_line(error)}); see their logs, and start all of them again"
             ) from error
         return [value for _, value in sorted(given, key=lambda pair: int(pair[0].split("/")[-1]))]
 
@@ -125,7 +125,7 @@ def join(
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         raise GradjaxError(
             f"--coordinator_address={coordinator_address}: the run's processes did not come "
-            f"together ({str(error).splitlines()[0]}); start all of them, with the same address "
+            f"together ({first_line(error)}); start all of them, with the same address "
             "and --num_processes and each with its own --process_id, or auto on a TPU pod or "
             "under Slurm"
         ) from error

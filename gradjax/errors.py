@@ -21,6 +21,11 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, without its full stop; never empty."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[object]) -> str:
     """` (did you mean NAME?)`, to be put behind a word that is none of the known names.
 

@@ -40,7 +40,6 @@ Status = Literal[
     "too_short",
     "non_finite",
 ]
-STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,12 @@ def test_faults_are_named(tmp_path):
         convert(str(output), str(tmp_path / "again"))
     # Orbax leaves its own table half read where an array is missing: there is no such table.
     assert not (output / "weights" / "array_metadatas").exists()
+    weights = next((output / "weights" / "blocks.1.k").glob("0*"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(GradjaxError, match=r"weights cannot be read \(.*blocks\.1\.k"):
+        load_weights(resolve(str(output)), read_config(output), "float32")
+    weights.write_bytes(whole)
     damaged = next((output / "weights").glob("blocks.1.q"))
     damaged.rename(output / "elsewhere")
     with pytest.raises(GradjaxError, match="cannot be read"):

@@ -14,7 +14,7 @@ import pytest
 from gradjax.distributed import join
 from gradjax.errors import GradjaxError
 from gradjax.storage.store import finished_rows
-from tests.whole_runs import start, tables
+from tests.whole_runs import every_byte, start, tables
 
 ROWS = 36
 
@@ -112,10 +112,16 @@ def test_sharded_processes_hold_one_model_together(one_process, tmp_path):
     assert_same_store(tmp_path / "run", one_process, by_loss=True)
     assert "nuclear norm" in ended[0][1]  # the first one speaks for both
     assert "nuclear norm" not in ended[1][1]
+    before = every_byte(tmp_path / "run")
+    ended = finish(start_together(tmp_path / "run", 2, *flags, devices=2))  # with nothing left
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert every_byte(tmp_path / "run") == before
 
 
 def test_all_are_refused_what_one_is(one_process):
+    before = every_byte(one_process)
     ended = finish(start_together(one_process, 2, "--max_length=64"))
+    assert every_byte(one_process) == before
     for status, output, errors in ended:
         assert (status, output) == (1, "")
         assert "max_length" in errors

@@ -31,7 +31,7 @@ from gradjax.runs.run import run
 from gradjax.storage import store as store_module
 from gradjax.storage.results import format_table, group_means, rows_to_come, unused_rows
 from gradjax.storage.store import TABLES, open_store, read_manifest, read_table
-from tests.whole_runs import MAIN, start, tables
+from tests.whole_runs import MAIN, every_byte, start, tables
 
 pytestmark = pytest.mark.smoke
 
@@ -95,12 +95,6 @@ def test_manifest_tells_what_was_run(uninterrupted):
     assert manifest["versions"]["gradjax"] == gradjax.__version__
     assert invocation["versions"]["jax"] == jax.__version__
     assert [machine["platform"] for machine in invocation["machines"]] == ["cpu"]
-
-
-def every_byte(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +212,7 @@ def test_only_gradjaxs_own_checkout_has_a_revision(tmp_path):
         ("demo", ["demo"], "demo"),
         ("qwen2.5_0.5b", ["demo"], "qwen2.5_0.5b-demo"),
         ("demo", ["a/rows.json"], "demo-rows"),
+        ("demo", ["a/demo.json"], "demo-demo"),
         ("m", ["good=x.json", "demo", "bad=y.json"], "m-good-demo-bad"),
     ],
 )

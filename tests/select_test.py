@@ -69,7 +69,8 @@ def write_scores(directory: Path, sources: dict[str, Path], **columns: list[Any]
 
 
 def select(output: Path, by: str = "m", scores: Any = (), data: Any = (), **flags: Any) -> Path:
-    over = {name: flags.pop(name) for name in ("layers", "projections") if name in flags}
+    own = ("layers", "projections", "overwrite")
+    over = {name: flags.pop(name) for name in own if name in flags}
     config = SelectConfig(
         rule(by, **flags), tuple(scores), tuple(data), output_dir=str(output), **over
     )
@@ -449,6 +450,12 @@ class TestFiles:
         kept = files_in(tmp_path / "out")
         assert set(kept) == {"high.jsonl", "high.parquet", "rejected.parquet", "summary.json"}
         assert kept["high.jsonl"] == first["high.jsonl"]
+        (tmp_path / "yours").mkdir()
+        (tmp_path / "yours" / "summary.json").write_text('{"rows": 3}')
+        for overwrite in (False, True):
+            with pytest.raises(GradjaxError, match=r"summary\.json is damaged"):
+                select(tmp_path / "yours", **flags, overwrite=overwrite)
+        assert files_in(tmp_path / "yours") == {"summary.json": b'{"rows": 3}'}
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "notes.txt").touch()
         with pytest.raises(GradjaxError, match=r"not a selection \(found notes.txt\)"):

@@ -22,7 +22,14 @@ from gradjax.errors import GradjaxError
 from gradjax.storage import filesystem
 from gradjax.storage.reference import export
 from gradjax.storage.results import group_means
-from gradjax.storage.store import TABLES, finished_rows, open_store, read_manifest, read_table
+from gradjax.storage.store import (
+    TABLES,
+    find_run,
+    finished_rows,
+    open_store,
+    read_manifest,
+    read_table,
+)
 from tests.store_writer import LAYERS, MANIFEST, SETTINGS, SHARD, made_up_result, write
 
 ROWS = 23
@@ -274,6 +281,32 @@ class TestResuming:
             with pytest.raises(GradjaxError, match=r"not a gradjax run \(found thesis.tex\)"):
                 open_store(directory, {}, overwrite=overwrite).__enter__()
         assert files(directory) == ["thesis.tex"]
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_folder_of_the_same_name_is_left_alone(self, overwrite, tmp_path):
+        (tmp_path / "examples").mkdir()
+        (tmp_path / "examples" / "my_own.py").touch()
+        with pytest.raises(GradjaxError, match=r"tables without run\.json"):
+            open_store(tmp_path, {}, overwrite=overwrite).__enter__()
+        assert files(tmp_path) == ["examples/my_own.py"]
+
+    @pytest.mark.parametrize("manifest", [{}, {"settings": []}, {"data": {}}])
+    def test_a_manifest_without_settings_is_no_run_to_go_on_with(self, manifest, directory):
+        with open_store(directory, SETTINGS) as store:
+            store.write_manifest(manifest)
+        with pytest.raises(GradjaxError, match=r"run\.json is damaged \(it has no settings\)"):
+            open_store(directory, SETTINGS).__enter__()
+
+    def test_a_run_that_was_replaced_meanwhile_is_noticed(self, directory):
+        """Its shards have the same names, and its settings are the same."""
+        for number in (3, 4):
+            found = find_run(directory) if number == 4 else None
+            with open_store(directory, SETTINGS, overwrite=True) as store:
+                store.write_manifest(MANIFEST | {"invocations": [number]})
+                store.append([made_up_result(number)])
+        with pytest.raises(GradjaxError, match="was changed while this run began"):
+            open_store(directory, SETTINGS, found).__enter__()
+        assert list(finished_rows(directory)) == [("rows", 4)]
 
     @pytest.mark.parametrize("table", TABLES)
     def test_full_disk(self, table, tmp_path):

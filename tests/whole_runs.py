@@ -37,3 +37,10 @@ def tables(directory: Path) -> dict[str, pd.DataFrame]:
         found[table] = frame.sort_values(keys).reset_index(drop=True)
         assert not found[table].duplicated(keys).any()
     return found
+
+
+def every_byte(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory."""
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from gradjax import sharding
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, first_line
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
 from gradjax.model.parallel import weight_sharding
@@ -89,9 +89,12 @@ def load_converted(
     try:
         with _checkpointer() as checkpointer:
             weights = checkpointer.restore(directory.absolute() / _WEIGHTS, args=args)
-    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # of the device, not of the files
+    except Exception as error:  # for an array that it cannot read Orbax raises just this
+        said = first_line(error.__cause__ or error)[:200]
         raise GradjaxError(
-            f"{directory / _WEIGHTS} cannot be read ({str(error).splitlines()[0][:200]}), expected "
+            f"{directory / _WEIGHTS} cannot be read ({said}), expected "
             "the arrays of config.json as gradjax convert writes them; convert the model again"
         ) from error
     for path, weight in weights.items():

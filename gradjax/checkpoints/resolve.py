@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gradjax.checkpoints.orbax import ORIGIN, read_origin
-from gradjax.errors import GradjaxError, did_you_mean
+from gradjax.errors import GradjaxError, did_you_mean, first_line
 from gradjax.storage.filesystem import url_to_fs
 
 DEMO = "demo"
@@ -120,7 +120,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
         raise GradjaxError(
             f"{directory}: the tokenizer ({_TOKENIZER_FILE}, tokenizer_config.json) cannot be read "
-            f"({_first_line(error)}), expected a fast tokenizer without code of its own: download "
+            f"({first_line(error)}), expected a fast tokenizer without code of its own: download "
             "or save it again."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -153,7 +153,7 @@ def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpo
         raise
     except Exception as error:  # each filesystem has errors of its own
         raise GradjaxError(
-            f"--{flag}={url} cannot be fetched ({_first_line(error)}), expected what "
+            f"--{flag}={url} cannot be fetched ({first_line(error)}), expected what "
             "gradjax convert wrote there; check the URL, and keys and endpoint in the environment"
         ) from error
     name = _folder_name(url.rstrip("/").rsplit("/", 1)[-1])
@@ -193,7 +193,7 @@ def _from_hub(
         ) from error
     except Exception as error:  # the client's HTTP library has errors of its own
         raise GradjaxError(
-            f"--{flag}={repo} cannot be downloaded from {page} ({_first_line(error)}): try again, "
+            f"--{flag}={repo} cannot be downloaded from {page} ({first_line(error)}): try again, "
             f"or give the directory of a local copy as --{flag}."
         ) from error
     return Checkpoint(name, directory, repo, directory.name)
@@ -210,7 +210,3 @@ def _unknown(model: str, flag: str) -> GradjaxError:
 def _folder_name(text: str) -> str:
     """`Qwen/Qwen2.5-0.5B` -> `Qwen--Qwen2.5-0.5B`."""
     return re.sub(r"[^\w.-]", "-", text.replace("/", "--")).lstrip(".") or "model"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

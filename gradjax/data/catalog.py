@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, first_line
 
 # 16-3=<<16-3=13>>13: what GSM8K's authors gave to a calculator.
 _CALCULATION = re.compile(r"<<[^<>]*>>")
@@ -159,11 +159,10 @@ def fetch(dataset: RegisteredDataset, flags: str = "") -> Path:
             )
         )
     except Exception as error:  # network, access, cache: the client raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise GradjaxError(
-            f"{dataset.name} cannot be fetched from the Hub ({reason}): accept its terms "
-            f"({dataset.licence}, {dataset.page}) and set HF_TOKEN if it is gated; or, where there "
-            f"is a network, hf download {dataset.repo} --repo-type dataset --revision "
+            f"{dataset.name} cannot be fetched from the Hub ({first_line(error)}): accept its "
+            f"terms ({dataset.licence}, {dataset.page}) and set HF_TOKEN if it is gated; or, where "
+            f"there is a network, hf download {dataset.repo} --repo-type dataset --revision "
             f"{dataset.revision} --include '{dataset.files}' --local-dir DIR, then {prepare} "
             f"--source=DIR {flags}"
         ) from error

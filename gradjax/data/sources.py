@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from gradjax.data.catalog import DATASETS, RegisteredDataset, fetch
 from gradjax.data.word_problems import DEMO_GROUPS, demo_rows
-from gradjax.errors import GradjaxError, extras
+from gradjax.errors import GradjaxError, extras, first_line
 
 DEMO = "demo"
 
@@ -220,7 +220,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[object]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise GradjaxError(f"{path} cannot be read as Parquet: {_first_line(error)}.") from error
+        raise GradjaxError(f"{path} cannot be read as Parquet: {first_line(error)}.") from error
 
 
 def _read_saved(path: pathlib.Path, limit: int | None) -> Iterable[object]:
@@ -236,7 +236,7 @@ def _read_saved(path: pathlib.Path, limit: int | None) -> Iterable[object]:
         data = datasets.load_from_disk(str(path))
     except Exception as error:  # Whatever a damaged directory makes the library raise.
         raise GradjaxError(
-            f"The data set in {path} cannot be loaded: {_first_line(error)}."
+            f"The data set in {path} cannot be loaded: {first_line(error)}."
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if "train" not in data and len(data) != 1:
@@ -261,7 +261,7 @@ def _read_hub(name: str, limit: int | None) -> Iterable[object]:
     except Exception as error:  # Network, access, layout: the library raises many kinds.
         raise GradjaxError(
             f"--data={name} is no local path, and its split 'train' cannot be loaded from the "
-            f"Hub ({type(error).__name__}: {_first_line(error)}): check "
+            f"Hub ({type(error).__name__}: {first_line(error)}): check "
             f"https://huggingface.co/datasets/{name}, accept its terms and set HF_TOKEN if it is "
             "gated, or download it and give the path of a local file."
         ) from error
@@ -300,10 +300,6 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
         repeated = next(key for key in names if names.count(key) > 1)
         raise ValueError(f"an object has the key {repeated!r} twice")
     return keys
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 _READERS: dict[str, Callable[[pathlib.Path], Iterator[object]]] = {

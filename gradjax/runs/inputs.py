@@ -81,7 +81,7 @@ def default_directory(model: str, sources: Sequence[Source]) -> Path:
     """`runs/demo` for the embedded model on the embedded groups, else `runs/{model}-{groups}`."""
     groups = dict.fromkeys(DEMO if s.location == DEMO else s.group for s in sources)
     name = "-".join([model, *groups])
-    if (model, list(groups)) == (DEMO, [DEMO]):
+    if model == DEMO and all(s.location == DEMO for s in sources):
         name = DEMO
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{sha256(name)[:8]}"

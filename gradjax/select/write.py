@@ -128,13 +128,14 @@ def write_selection(config: SelectConfig) -> Written:
 def _require_free(directory: Directory, config: SelectConfig) -> None:
     """Raises GradjaxError where a directory holds anything but a selection that may be replaced."""
     directory.require_ours()
-    manifest = None if config.overwrite else directory.manifest()
+    manifest = directory.manifest()
     if manifest is None:
         return
     there = manifest.get("settings")
     if not isinstance(there, dict):
         raise directory.damaged("it has no settings")
-    directory.require_same("a selection", there, config.settings)
+    if not config.overwrite:
+        directory.require_same("a selection", there, config.settings)
 
 
 def _write_files(

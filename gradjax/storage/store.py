@@ -210,13 +210,15 @@ def open_store(
     with place.lock(process):
         if process == 0:
             # Another run may have come and gone meanwhile.
-            if not overwrite:
-                require_run(ours, settings, ours.manifest() or {})
+            there = found.manifest if overwrite else ours.manifest() or {}
+            require_run(ours, settings, there)
+            if there != found.manifest:
+                raise _changed(directory)
             _prepare(place, overwrite)
             barrier()
         shards = _shards(place, "examples")
         if tuple(shards) != found.shards:
-            raise GradjaxError(f"{directory} was changed while this run began; start it again")
+            raise _changed(directory)
         suffix = f"-{process:04d}" if num_processes > 1 else ""
         yield Store(ours, found, _shard_names(shards, suffix), process, barrier)
 
@@ -233,6 +235,8 @@ def find_run(directory: str | Path) -> Found:
     if manifest is None:
         _require_no_tables(ours)
         return NOTHING
+    if not isinstance(manifest.get("settings"), dict):
+        raise ours.damaged("it has no settings")
     shards = tuple(_shards(ours.place, "examples"))
     return Found(manifest, shards, finished_rows(directory) if shards else {})
 
@@ -240,8 +244,9 @@ def find_run(directory: str | Path) -> Found:
 def require_run(ours: Directory, settings: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Raises GradjaxError unless a run with these settings may write here."""
     ours.require_ours()
+    _require_no_tables(ours)
     if manifest:
-        ours.require_same("a run", manifest.get("settings", {}), settings)
+        ours.require_same("a run", manifest["settings"], settings)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
@@ -302,10 +307,15 @@ def finished_rows(directory: str | Path) -> dict[Key, FinishedRow]:
     )
 
 
+def _changed(directory: str | Path) -> GradjaxError:
+    return GradjaxError(f"{directory} was changed while this run began; start it again")
+
+
 def _require_no_tables(ours: Directory) -> None:
+    """Raises GradjaxError where files lie in the tables' folders and there is no manifest."""
     # Looked at first: a run that is just being started writes its manifest before its tables.
-    tables = any(_shards(ours.place, table) for table in TABLES)
-    if tables and ours.manifest() is None:
+    tables = any(ours.place.names(table) for table in TABLES)
+    if tables and RUN.manifest not in ours.place.names():
         raise GradjaxError(
             f"{ours.path} is not empty and not a gradjax run (found tables without "
             f"{RUN.manifest}); give an empty or new directory with --output_dir"
