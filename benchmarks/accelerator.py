@@ -42,7 +42,7 @@ flags.DEFINE_integer("layers", None, "so many layers, and as much of the vocabul
 flags.DEFINE_list("tokens", ["256", "512", "1024", "2048", "4096"], "T, per row")
 flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of weights and activations")
 flags.DEFINE_list("ways", list(WAYS), f"some of {', '.join(WAYS)}")
-flags.DEFINE_integer("rows", None, "rows in a batch; as many as gradjax.main takes if not given")
+flags.DEFINE_integer("rows", None, "rows in a batch; as many as gradjax spectra takes if not given")
 flags.DEFINE_integer("repeats", 5, "timed batches after the first", lower_bound=1)
 flags.DEFINE_float("budget_s", math.inf, "seconds until what is left is recorded as not measured")
 flags.DEFINE_float("longest_s", 120, "dense SVDs and kernels expected to take longer are left out")

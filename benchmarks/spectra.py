@@ -119,7 +119,7 @@ def torch_way(shape: Shape, length: int, whole_svd: bool) -> Callable[[], Any]:
 
 
 def gradjax_way(shape: Shape, length: int, spectrum: str) -> Callable[[], Any]:
-    """`compute_results` on one row: everything that `gradjax.main` measures."""
+    """`compute_results` on one row: everything that `gradjax spectra` measures."""
     from gradjax.config import SpectraConfig
     from gradjax.runs.compute import compute_results
     from gradjax.runs.layout import batch_rows

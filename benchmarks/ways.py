@@ -59,7 +59,7 @@ def random_batch(decoder: Decoder, rows: int, length: int) -> TokenBatch:
 def settings(
     decoder: Decoder, batch: TokenBatch, decompose: Decompose | None = None
 ) -> BatchConfig:
-    """What `gradjax.main` measures by default, with activations kept where it would keep them."""
+    """What `gradjax spectra` measures by default, with activations kept where it keeps them."""
     rows, length = batch.tokens.shape
     plan, config = BatchSpec(batch.rows, length, rows), decoder.config
     itemsize = decoder.embedding.dtype.itemsize

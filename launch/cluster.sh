@@ -66,14 +66,14 @@ read_settings() {
         [[ $1 == "--$setting" ]] || fail "$1: expected --$setting alone."
         printf -v "$setting" true
         ;;
-      *) fail "$1 is not a setting of this script; flags of gradjax.main come after -- (see --help)." ;;
+      *) fail "$1 is not a setting of this script; flags of gradjax spectra come after -- (see --help)." ;;
     esac
     shift
   done
   flags=("${@:2}")
 }
 
-# Fills the array given with NAME=VALUE (or NAME) of each flag of gradjax.main and of the flag
+# Fills the array given with NAME=VALUE (or NAME) of each flag of gradjax spectra and of the flag
 # files among them.
 read_flags() {
   local flag line
@@ -134,14 +134,14 @@ prepare_remote_flags() {
       model=*)
         if [[ -d $value ]]; then
           fail "--$flag: a directory of this machine, which is not sent to workers; name a Hub" \
-            "repository, or put it into a bucket with gradjax.convert and name it there."
+            "repository, or put it into a bucket with gradjax convert and name it there."
         fi
         ;;
     esac
   done
   [[ $output_dir == gs://?* ]] ||
     fail "--output_dir=$output_dir: the workers' disks are lost with them; name a bucket among the" \
-      "flags of gradjax.main, as in --output_dir=gs://BUCKET/PATH."
+      "flags of gradjax spectra, as in --output_dir=gs://BUCKET/PATH."
 }
 
 # send_along FLAG PATH: a file is found under the same name on the workers.

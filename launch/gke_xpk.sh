@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs gradjax on a GKE cluster: bash launch/gke_xpk.sh COMMAND [settings] -- [gradjax.main flags]
+# Runs gradjax on a GKE cluster: bash launch/gke_xpk.sh COMMAND [settings] -- [flags of spectra]
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -11,7 +11,7 @@ usage() {
   cat <<'END'
 Runs gradjax on the TPUs of a GKE cluster, with xpk.
 
-  bash launch/gke_xpk.sh COMMAND [settings] -- [flags of gradjax.main]
+  bash launch/gke_xpk.sh COMMAND [settings] -- [flags of gradjax spectra]
 
   run       puts the run into the cluster's queue; nothing if it is there already
   status    what the run and its pods are doing

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs gradjax on a Cloud TPU pod: bash launch/tpu_pod.sh COMMAND [settings] -- [gradjax.main flags]
+# Runs gradjax on a Cloud TPU pod: bash launch/tpu_pod.sh COMMAND [settings] -- [flags of spectra]
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh
@@ -11,7 +11,7 @@ usage() {
   cat <<'END'
 Runs gradjax on a Cloud TPU pod.
 
-  bash launch/tpu_pod.sh COMMAND [settings] -- [flags of gradjax.main]
+  bash launch/tpu_pod.sh COMMAND [settings] -- [flags of gradjax spectra]
 
   all       up and run; asks for new machines when these are preempted; at the end collect, delete
   up        asks for the machines and waits until they are there

@@ -2,7 +2,7 @@
 # What launch/tpu_pod.sh and launch/gke_xpk.sh call on each worker:
 #
 #   install         makes the environment
-#   main FLAGS      runs gradjax.main
+#   main FLAGS      runs gradjax spectra
 #   start FLAGS     the same, detached; nothing if it is running
 #   status [FLAGS]  one line: running, exited STATUS or not running (with these flags)
 #   stop            ends the run
@@ -10,7 +10,7 @@
 #
 # It lies in code/launch/ of a directory that also has
 #
-#   files/          the files named in flags, where gradjax.main is started
+#   files/          the files named in flags, where the run is started
 #   environment     HF_TOKEN, read by its owner only
 #   venv/           the environment
 #   log, flags, lock, pid, exit_status   of the detached run

@@ -114,6 +114,7 @@ class TestFaults:
         [
             ("spectr", "spectr is not a command (did you mean spectra?)"),
             ("--limit=3", "--limit=3 stands before a command; expected gradjax COMMAND"),
+            ("--verison", "--verison stands before a command (did you mean --version?)"),
             (
                 "spectra --modle=x",
                 "--modle is not a flag of gradjax spectra (did you mean --model?)",
@@ -134,6 +135,19 @@ class TestFaults:
     )
     def test_each_is_one_sentence_said_at_once(self, arguments: str, message: str):
         assert message in refused(call(*arguments.split(), without="jax"))
+
+    @pytest.mark.parametrize("arguments", ["--help", "spectra --help", "prepare --list"])
+    def test_a_reader_that_left_is_no_fault(self, arguments: str):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "gradjax", *arguments.split()],
+            cwd=ROOT,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, b"")
 
     def test_the_nearest_name_is_meant_and_a_far_one_is_not(self):
         assert did_you_mean("Slwo", ["slow", "fast"]) == " (did you mean slow?)"

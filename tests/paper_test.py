@@ -185,7 +185,7 @@ class TestDryRun:
             (("--table=1,qwen2.5_7b",), "configs/paper.csv has no such table"),
             (("--figure=7",), "--figure=7: configs/paper.csv has no such figure"),
             (("--table",), "--table: expected --table=VALUE"),
-            (("--limit=3",), "flags of gradjax.main come after --"),
+            (("--limit=3",), "flags of gradjax spectra come after --"),
         ],
     )
     def test_other_arguments_are_refused(self, tmp_path: Path, arguments, message: str):

@@ -330,7 +330,7 @@ class TestConfigs:
     @pytest.mark.parametrize("model", sorted(PAPER_MODELS))
     def test_each_header_gives_command_hardware_and_memory(self, model: str):
         header = (ROOT / "configs" / f"{model}.flags").read_text()
-        assert f"python -m gradjax.main --flagfile=configs/{model}.flags" in header
+        assert f"gradjax spectra --flagfile=configs/{model}.flags" in header
         assert "Hardware: " in header
         with MODEL_SHAPES.open() as file:
             (parameters,) = [

@@ -200,10 +200,11 @@ def _from_hub(
 
 
 def _unknown(model: str, flag: str) -> GradjaxError:
-    names = [DEMO, *REGISTRY]
+    hint = did_you_mean(model, [DEMO, *REGISTRY])
     return GradjaxError(
-        f"--{flag}={model} is neither a registered name{did_you_mean(model, names)} nor an "
-        f"existing directory nor a Hub repo ORG/NAME; registered are {', '.join(names)}."
+        f"--{flag}={model} is neither a registered name{hint} nor an existing directory nor a Hub "
+        f"repo ORG/NAME; registered are {DEMO}, and with or without _instruct behind them "
+        f"{', '.join(_BASE_MODELS)}."
     )
 
 

@@ -3,9 +3,11 @@
 import logging as standard_logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from select import poll
 
 from absl import app, logging
 
@@ -27,14 +29,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name in COMMANDS:
         run(COMMANDS[name], arguments)
     elif name in _HELP:
-        print(overview())
+        _show(overview())
     elif name in _VERSION:
-        print(f"gradjax {__version__}")
+        _show(f"gradjax {__version__}")
     elif name.startswith("-"):
-        sys.exit(f"gradjax: {name} stands before a command; expected gradjax COMMAND [flags]")
+        hint = did_you_mean(name, ["--help", "--version"])
+        sys.exit(
+            f"gradjax: {name} stands before a command{hint}; expected gradjax COMMAND [flags], "
+            "and gradjax --help lists the commands"
+        )
     else:
         hint, names = did_you_mean(name, COMMANDS), ", ".join(COMMANDS)
-        sys.exit(f"gradjax: {name} is not a command{hint}; expected one of {names}")
+        sys.exit(
+            f"gradjax: {name} is not a command{hint}; expected one of {names}, "
+            "and gradjax --help says what they do"
+        )
 
 
 def overview() -> str:
@@ -58,9 +67,9 @@ def overview() -> str:
 def run(command: Command, arguments: Sequence[str]) -> None:
     """Runs a command with its arguments, or prints its help or the version."""
     if _HELP & set(arguments):
-        print(help_text(command))
+        _show(help_text(command))
     elif _VERSION & set(arguments):
-        print(f"gradjax {__version__}")
+        _show(f"gradjax {__version__}")
     else:
         start(
             lambda _: command.main(),
@@ -90,7 +99,8 @@ def start(
         # transformers would say at import that it misses PyTorch, which gradjax does not use.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
-            main(argv)
+            with _output():
+                main(argv)
         except GradjaxError as error:
             sys.exit(f"gradjax: {error}")
         except ImportError as error:
@@ -106,9 +116,34 @@ def start(
     app.run(guarded, argv, flags_parser=parsed)
 
 
+def _show(text: str) -> None:
+    with _output():
+        print(text)
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Around what prints: ends the program quietly, with status 1, where its reader has left.
+
+    That is how `gradjax prepare --list | head -1` ends.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        reader = poll()
+        reader.register(sys.stdout, 0)  # asks for nothing but whether it is gone
+        if not reader.poll(0):
+            raise  # it was another connection
+        # What is left would be written, and fail, when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
 def _worth_saying(record: standard_logging.LogRecord) -> bool:
     """Everything of gradjax; libraries speak up only where something is wrong."""
     ours = Path(record.pathname).is_relative_to(Path(__file__).parent.parent)
-    # Orbax warns of what it left out on purpose.
-    loud = standard_logging.ERROR if "orbax" in record.pathname else standard_logging.WARNING
+    # Orbax warns of what it left out on purpose; the Hub's client also prints its own warnings.
+    quiet = any(name in record.pathname for name in ("orbax", "huggingface_hub"))
+    loud = standard_logging.ERROR if quiet else standard_logging.WARNING
     return ours or record.levelno >= loud

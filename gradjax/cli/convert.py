@@ -14,8 +14,8 @@ GROUPS = {
 DETAILS = """
 Each device of a mesh then reads its own part of the weights only. Weights keep
 the dtype of their files (float32 where that is neither bfloat16 nor float32):
-runs of either form have the same numbers to the bit, and one may go on with a
-run of the other.
+runs from either form have the same numbers to the bit, and a run that was
+started with one may go on with the other.
 """
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     config = ReportConfig(runs=(str(whole),), equal_length_runs=(str(equal),))
     written = write_report(config)
     print("\n".join(["", *written.verdicts]))
-    print(f"\nThe report is in {written.directory}: open report.html")
+    print(f"\nThe report is in {written.directory}: open report.html in a browser")
 
 
 COMMAND = Command(

@@ -7,10 +7,10 @@ from gradjax.cli.command import Command
 FLAGS = flags.FlagValues()
 RUN = "a run's directory or URL, repeatable: further ones are shown beside the first"
 COMPARE = "HIGH:LOW, two groups, repeatable (default: the first group with each other one)"
-EQUAL_LENGTH = """a run of the same rows with --target_tokens=N: the primary view where fewer than
-half of the rows can be matched on length; one per --run, in the same order"""
-BY = "grain of the spectra table: projection (as in the paper), layer or example"
-PUBLISHED = "DATASET/METRIC: the paper's numbers for the run's model beside the measured ones"
+EQUAL_LENGTH = """a run of the same rows with --target_tokens=N: decides where fewer than half
+of the rows can be matched on length; one per --run, in the same order"""
+BY = "the spectra table has a line per projection (as in the paper), layer or example"
+PUBLISHED = "DATASET/METRIC: shows the paper's numbers for the run's model beside the measured ones"
 OUTPUT_DIR = "where to write (default: report/ in the first run)"
 LAYERS = "all, or numbers and ranges from 0, as in 0-5,8"
 GROUPS = {
@@ -48,7 +48,7 @@ def main() -> None:
     )
     written = write_report(config)
     print("\n".join(written.verdicts))
-    print(f"\nThe report is in {written.directory}: open report.html")
+    print(f"\nThe report is in {written.directory}: open report.html in a browser")
 
 
 COMMAND = Command(

@@ -9,20 +9,20 @@ from gradjax.score.config import ScoreConfig
 from gradjax.structs import PROJECTIONS
 
 FLAGS = flags.FlagValues()
-METRICS = "some of ifd, perplexity, reward, instag, difficulty, or any other column of theirs"
+METRICS = """some of ifd, perplexity, reward, instag, difficulty; or single columns that come with
+them, as ifd_loss_ratio"""
 DATA = "[GROUP=]SOURCE as of gradjax spectra, repeatable (default: the rows of --run)"
 RUN = """a run of gradjax spectra over the same rows: adds loss, perplexity, numbers of tokens and
 gradient statistics, means over --layers and --projections"""
 LIMIT = "score the first N rows of each group (default: all)"
 LAYERS = "layers of --run: all, or numbers and ranges from 0, as in 0-5,8"
 IFD_MODEL = "model of ifd and perplexity: gpt2, or as --model of gradjax spectra"
-REWARD_MODEL = (
-    "model of reward: a LlamaForSequenceClassification with one label: Hub repo or local directory"
-)
-MAX_LENGTH = "tokens of a row for ifd and perplexity (default: the model's window)"
+REWARD_MODEL = """model of reward, a LlamaForSequenceClassification with one label: Hub repo or
+local directory"""
+MAX_LENGTH = "most tokens of a row for ifd and perplexity (default: the model's window)"
 BASE_URL = "an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY"
-PROMPT = "a file to ask instead of the metric's own question, with {instruction} in it"
-PRICES = "IN,OUT per million tokens, for the cost that --plan prints"
+PROMPT = "a text file, asked instead of the metric's own question; with {instruction} in it"
+PRICES = "price of a million tokens read and written, as in 2.5,10; --plan then prints the cost"
 BATCH = "write the questions to this file for OpenAI's Batch API, and end"
 RESULTS = "take the answers from this results file of the Batch API first"
 PLAN = "print how many rows are to be scored and what the judge will be asked, and end"
@@ -47,7 +47,9 @@ GROUPS = {
         flags.DEFINE_integer("max_length", None, MAX_LENGTH, flag_values=FLAGS),
     ],
     "Judge": [
-        flags.DEFINE_string("judge_model", None, "the chat model that judges", FLAGS),
+        flags.DEFINE_string(
+            "judge_model", None, "the chat model that is asked for instag and difficulty", FLAGS
+        ),
         flags.DEFINE_string("judge_base_url", "https://api.openai.com/v1", BASE_URL, FLAGS),
         flags.DEFINE_string("judge_prompt", None, PROMPT, FLAGS),
         flags.DEFINE_integer("judge_concurrency", 8, "questions asked at once", flag_values=FLAGS),

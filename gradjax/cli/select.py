@@ -12,9 +12,10 @@ repeatable: their rows must be the same"""
 DATA = """[GROUP=]SOURCE, repeatable: where the rows are (default: where they were when scored).
 Without --scores the numbers are fields of the rows"""
 BY = """METRIC, the higher the better, or several, METRIC*WEIGHT,...: then each counts by its
-percentile among the usable rows, times its weight. Names are of the scores, else of the rows"""
+percentile among the usable rows, times its weight. A METRIC is a column of --scores, else a number
+that the rows have"""
 TOP = "the N highest rows, or a share of the usable ones, as in 10%"
-BOTTOM = "the same for the lowest rows; ties at either cutoff are drawn by --seed"
+BOTTOM = "the same for the lowest rows; --seed decides between equal values at a cutoff"
 RANGE = """LOW:HIGH, ends included, either may be left out: choose among the rows whose value by
 --by lies within; without --top and --bottom, all of them"""
 RANDOM = """N of the usable rows at random, or a share of them, within --range if that is given,
@@ -53,9 +54,9 @@ each as .jsonl (the rows as they stand in their source, for --data of gradjax
 spectra) and .parquet (with their numbers); rejected.parquet, every other row
 with the reason; summary.json, which is printed.
 
-Not usable are rows whose status is not ok or that have no number of a metric
-of --by, an ifd outside 0 to 1, or a perplexity over 10000 (as most have by a
-weak model).
+A row is not usable if its status is not ok, if it lacks a number of a metric of
+--by, or if that number is an ifd outside 0 to 1 or a perplexity over 10000 (as
+most rows have by a weak model).
 """
 
 

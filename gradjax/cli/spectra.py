@@ -23,7 +23,7 @@ the embedded example, else runs/{model}-{groups})"""
 PROMPT_FORMAT = """plain: instruction, newline, output, as in the paper; chat: the tokenizer's
 template, loss on every assistant turn"""
 TRUNCATION = "rows beyond --max_length: cut (right), leave out (drop) or stop (error)"
-TARGET_TOKENS = "cut every response to its first N tokens; shorter ones are left out"
+TARGET_TOKENS = "cut every response to its first N tokens; rows with shorter ones are left out"
 LAYERS = "all, or numbers and ranges from 0, as in 0-5,8"
 SPECTRUM = """factored: exact, from token factors, at about the cost of a backward pass;
 dense: jax.grad per example and a whole SVD"""
@@ -38,11 +38,11 @@ PROCESSES = """with several processes: the whole model in each, on its own devic
 rows (independent), or one model over the devices of all (sharded)"""
 COORDINATOR = """HOST:PORT of process 0, the same for all processes, or auto on a TPU pod,
 under Slurm, Open MPI or Kubernetes"""
-RANDOM_INIT = "fresh weights of the model's shape instead of its own"
+RANDOM_INIT = "random weights of the model's shape instead of its own"
 STORE_VALUES = "store the singular values, not only what sums them up"
 PROCESS_ID = "which of them this one is, from 0"
 DTYPE = "number format of weights and activations"
-SEED = "seed of the fresh weights"
+SEED = "seed of the random weights"
 DTYPES, FORMATS = get_args(config.Dtype), get_args(config.PromptFormat)
 TRUNCATIONS, PAIRS = get_args(config.Truncation), get_args(config.LayerPairs)
 METHODS, ROUTES = get_args(config.SpectrumMethod), get_args(config.SpectrumRoute)

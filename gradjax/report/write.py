@@ -169,7 +169,7 @@ def _rows_by_status(directory: Path, runs: Sequence[RunValues]) -> Table:
     frame = pd.concat([c.assign(run=str(r.directory)) for c, r in zip(counts, runs, strict=True)])
     frame = frame[["run", "group", "status", "rows"]]
     frame.to_csv(directory / "rows.csv", index=False)
-    return Table("Rows", "Rows by status; only `ok` rows are used.", frame)
+    return Table("Rows", "Rows by status; only rows with status ok are used.", frame)
 
 
 _LENGTH_NOTE = """AUROC of response length alone and of loss alone (0.5: no difference), the share
