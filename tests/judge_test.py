@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 
 import openai
 import pytest
@@ -150,7 +149,7 @@ def test_text_in_and_around_json_does_not_matter(rating: int, reason: str):
     assert parse_difficulty(text) == parse_difficulty(f"Sure!\n{text}\nBye") == rating
 
 
-SEA_LIFE_AND_CPP = [
+SEA_LIFE = [
     '[{"tag": "Sea Life", "explanation": "fish {1}"}, {"tag": "C++", "explanation": ""}]',
     'Tags:\n```json\n[\n    {"tag": "sea-life"},\n    {"tag": "C++"}\n]\n```\nDone.',
     *('{"tags": [{"tag": "sea life"}, {"tag": "c++"}]}', '{"tags": ["sea life", "c++"]}'),
@@ -163,15 +162,15 @@ NO_TAGS = [
     *('[{"tag": "poetry", "tag": "sea life"}]', '[{"tag": "cut off", "explanation": "the ans'),
     *('{"error": {"message": "rate limit"}}', "[{" * 50_000),
 ]
+TAGS = [*((text, ["sea life", "c++"]) for text in SEA_LIFE), *((text, None) for text in NO_TAGS)]
 
 
-@pytest.mark.parametrize("text", SEA_LIFE_AND_CPP + NO_TAGS)
-def test_different_tags_are_read_and_none_are_guessed(text):
-    assert parse_tags(text) == (["sea life", "c++"] if text in SEA_LIFE_AND_CPP else None)
+@pytest.mark.parametrize(("text", "tags"), [*TAGS, ('["C", "C++", "C#"]', ["c", "c++", "c#"])])
+def test_different_tags_are_read_and_none_are_guessed(text, tags):
+    assert parse_tags(text) == tags
 
 
-def test_tags_differ_by_marks_that_are_no_joints_and_coverage_counts_them():
-    assert parse_tags('["C", "C++", "C#"]') == ["c", "c++", "c#"]
+def test_coverage_counts_different_tags():
     assert tag_coverage([["a", "b"], None, ["b", "c"], []]) == 3
     assert tag_coverage([]) == 0
 
@@ -227,9 +226,7 @@ def test_rows_go_through_verbatim(server, make_judge):
     ("score", "name", "parse"),
     [(score_instag, "instag", parse_tags), (score_difficulty, "difficulty", parse_difficulty)],
 )
-def test_own_prompts_hold_the_row_and_show_a_form_that_can_be_read(
-    score: Callable, name, parse: Callable, server, make_judge
-):
+def test_own_prompts_hold_the_row_and_show_a_readable_form(score, name, parse, server, make_judge):
     server.behaviour = lambda *_: answer('{"tags": ["t"], "difficulty": 7}')
     score(make_judge(prompt=None), examples("Why is the {sea} salty?"))
     (prompt,) = server.prompts
@@ -346,9 +343,7 @@ def test_a_row_refused_in_a_later_call_is_not_taken_for_a_bad_key(server, make_j
         (KEY, error(404, "The model judge-1 does not exist"), "--judge_model=judge-1.*not exist"),
     ],
 )
-def test_a_refused_key_or_model_stops_at_once(
-    key, refusal: Reply, message, server, make_judge, monkeypatch
-):
+def test_a_refused_key_or_model_stops_all(key, refusal, message, server, make_judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     server.behaviour = lambda *_: refusal
     with pytest.raises(GradjaxError, match=message) as caught:
@@ -496,9 +491,8 @@ def test_the_key_shows_up_nowhere(leak: Reply, server, make_judge, tmp_path, cap
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("key", "sent"), [(f" {KEY}\n", KEY), (None, "none"), ("EMPTY", "EMPTY")]
-)  # space around it is left out, a placeholder is sent without one, and a short one may be meant
+# Space around it is left out, a placeholder is sent without one, and a short one may be meant.
+@pytest.mark.parametrize(("key", "sent"), [(f" {KEY}\n", KEY), ("", "none"), ("EMPTY", "EMPTY")])
 def test_what_is_sent_as_the_key(key, sent, server, make_judge, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     if key:

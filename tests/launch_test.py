@@ -96,7 +96,6 @@ class Lab:
         write_executable(self.worker / "hostname", '#!/usr/bin/env bash\necho "${HOME##*/}"\n')
         for name, text in FILES.items():
             (self.here / name).write_text(text)
-        self.plan()
         self.all_tools = f"{self.played}:{self.worker}:{self.tools}"  # where this is a worker too
         self.environment = {
             "PATH": f"{self.played}:{self.tools}",
@@ -111,7 +110,6 @@ class Lab:
 
     def plan(self, **plan: Any) -> None:
         """How the world is to behave; see stand_ins.py."""
-        plan = {"workers": 2, "lives": [["ACTIVE"]], "mains": [0]} | plan
         (self.folder / "plan.json").write_text(json.dumps(plan))
 
     def change(self, **state: Any) -> None:

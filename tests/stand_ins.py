@@ -5,13 +5,13 @@ the world is to behave, and keeps how the world is in `state.json`. Commands for
 bash, each worker having a folder of `workers/` as its home and nothing of the caller's environment.
 `unseen` in the state is how many more looks do not find a request that is there.
 
-plan.json:
-  workers       number of workers of a pod
+plan.json may have other values than these:
+  workers       of a pod (2)
   lives         per request for machines: the states that one look after another finds, the last
-                one from then on; SUSPENDED takes the workers and what is on them away
-  mains         per request, what gradjax.main does: exit with a status, or `hang`
-  finish_after  looks at the workers after which those that hang exit with status 0
-  node          state of the machines themselves once, while the request is ACTIVE
+                one from then on (ACTIVE); SUSPENDED takes the workers and what is on them away
+  mains         per request, what gradjax.main does: exit with a status (0), or `hang`
+  finish_after  looks at the workers after which those that hang exit with status 0 (never)
+  node          state of the first machines themselves, while the request is ACTIVE (READY)
   refuse        message with which a request is refused
 """
 
@@ -28,10 +28,16 @@ from typing import Any, NoReturn
 
 FOLDER = Path(os.environ["STAND_INS"])
 WORKERS = FOLDER / "workers"
-plan = json.loads((FOLDER / "plan.json").read_text())
-state = {"exists": False, "life": -1, "looks": 0, "statuses": 0, "unseen": 0}
-with contextlib.suppress(FileNotFoundError):
-    state |= json.loads((FOLDER / "state.json").read_text())
+PLAN = {"workers": 2, "lives": [["ACTIVE"]], "mains": [0], "node": "READY"}
+STATE = {"exists": False, "life": -1, "looks": 0, "statuses": 0, "unseen": 0}
+
+
+def read(name: str) -> dict[str, Any]:
+    file = FOLDER / name
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+plan, state = PLAN | read("plan.json"), STATE | read("state.json")
 
 
 def leave(status: int = 0, *, output: str = "", error: str = "") -> NoReturn:
@@ -96,7 +102,7 @@ def play(call: list[str]) -> None:
                 kill_workers()
             leave(output=f"{found}\n")
         case ["gcloud", "compute", "tpus", "tpu-vm", "describe", *_]:
-            leave(output=plan.get("node", "READY") if state["life"] == 0 else "READY")
+            leave(output=plan["node"] if state["life"] == 0 else "READY")
         case ["gcloud", "compute", "tpus", "tpu-vm", "ssh", *_, command]:
             if not (homes := sorted(WORKERS.glob("*"))):
                 leave(1, error="ERROR: there is no such TPU\n")
