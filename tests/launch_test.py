@@ -108,14 +108,11 @@ class Lab:
             "GIT_CONFIG_GLOBAL": os.devnull,
         }
 
-    def plan(self, **plan: Any) -> None:
-        """How the world is to behave; see stand_ins.py."""
-        (self.folder / "plan.json").write_text(json.dumps(plan))
-
-    def change(self, **state: Any) -> None:
-        """Changes how the world is."""
-        file = self.folder / "state.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | state))
+    def world(self, **values: Any) -> None:
+        """Changes how the world is and will behave; see stand_ins.py."""
+        file = self.folder / "world.json"
+        world = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(world | values))
 
     def calls(self, word: str = "") -> list[list[str]]:
         """What was called, with its arguments; with a word, only the calls that have it."""
@@ -316,7 +313,7 @@ def test_a_missing_tool_is_named(lab: Lab, tool, arguments):
 
 def test_all_goes_from_the_request_to_the_end(lab: Lab):
     states = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-    lab.plan(lives=[states], mains=["hang"], finish_after=3)
+    lab.world(lives=[states], mains=["hang"], finish_after=3)
     result = lab.tpu("all")
     scp = "gcloud tpu-vm scp"
     rsync = "gcloud storage rsync"
@@ -335,7 +332,7 @@ def test_all_goes_from_the_request_to_the_end(lab: Lab):
 
 
 def test_flags_files_and_the_key_arrive_unharmed_on_a_pod(lab: Lab):
-    lab.plan(workers=3, mains=["hang"])
+    lab.world(workers=3, mains=["hang"])
     lab.tpu("up")
     lab.tpu("run", *DIFFICULT)
     for home, run in zip(lab.homes(), lab.runs(wait=True), strict=True):
@@ -366,7 +363,7 @@ def test_an_old_python_is_replaced_and_a_coordinator_that_is_given_is_kept(lab: 
 def test_preempted_machines_are_asked_for_again_and_the_run_goes_on(lab, first, node, starts):
     # The next ones are preempted while they are waited for.
     lives = [first, ["PROVISIONING", "SUSPENDED"], ["ACTIVE"]]
-    lab.plan(lives=lives, mains=["hang", 0, 0], node=node)
+    lab.world(lives=lives, mains=["hang", 0, 0], node=node)
     result = lab.tpu("all")
     verbs = lab.verbs()
     assert [verbs.count(verb) for verb in (CREATE, DELETE, "start")] == [3, 3, starts]
@@ -375,7 +372,7 @@ def test_preempted_machines_are_asked_for_again_and_the_run_goes_on(lab, first, 
 
 
 def test_a_request_that_fails_ends_with_what_gcloud_knows_and_is_made_anew_later(lab: Lab):
-    lab.plan(workers=1, lives=[["PROVISIONING", "FAILED"], ["ACTIVE"]])
+    lab.world(workers=1, lives=[["PROVISIONING", "FAILED"], ["ACTIVE"]])
     result = lab.tpu("all", status=1)
     assert "gradjax failed; what gcloud knows: no capacity" in result.err
     assert lab.verbs() == [CREATE]
@@ -383,13 +380,13 @@ def test_a_request_that_fails_ends_with_what_gcloud_knows_and_is_made_anew_later
     assert lab.verbs() == [CREATE, DELETE, CREATE]
     lab.tpu("up")
     assert len(lab.verbs()) == 3
-    lab.change(unseen=1)  # as if somebody else made it in between
+    lab.world(unseen=1)  # as if somebody else made it in between
     assert "ALREADY_EXISTS" in lab.tpu("up").err
     assert lab.verbs()[3:] == [CREATE]
 
 
 def test_a_request_that_gcloud_refuses_or_knows_nothing_of_ends(lab: Lab):
-    lab.plan(refuse="ERROR: Quota limit 'TPUV5sLitepod' has been exceeded\n")
+    lab.world(refuse="ERROR: Quota limit 'TPUV5sLitepod' has been exceeded\n")
     result = lab.tpu("all", status=1)
     assert "Quota limit" in result.err
     assert "gcloud refused v5litepod-16 in us-west4-a" in result.err
@@ -398,7 +395,7 @@ def test_a_request_that_gcloud_refuses_or_knows_nothing_of_ends(lab: Lab):
 
 
 def test_a_run_that_goes_on_is_not_started_again(lab: Lab):
-    lab.plan(mains=["hang"])
+    lab.world(mains=["hang"])
     lab.tpu("up")
     lab.tpu("run")
     homes = lab.homes(wait=True)
@@ -425,7 +422,7 @@ def test_a_run_that_goes_on_is_not_started_again(lab: Lab):
 
 
 def test_a_worker_that_is_lost_takes_the_others_along_to_a_new_start(lab: Lab):
-    lab.plan(mains=["hang"], finish_after=6)
+    lab.world(mains=["hang"], finish_after=6)
     lab.tpu("up")
     lab.tpu("run")
     lab.kill(lab.homes()[1])
@@ -434,7 +431,7 @@ def test_a_worker_that_is_lost_takes_the_others_along_to_a_new_start(lab: Lab):
 
 
 def test_a_run_that_fails_says_so_and_keeps_the_machines(lab: Lab):
-    lab.plan(mains=[3])
+    lab.world(mains=[3])
     result = lab.tpu("all", status=1)
     assert "w-1: gradjax: exited with status 3" in result.out
     assert "a worker ended with an error" in result.err
@@ -482,7 +479,7 @@ def test_a_run_in_the_cluster_is_left_alone_and_an_ended_one_goes_on(lab: Lab):
     assert "in the cluster already" in lab.gke("run").err
     assert lab.verbs().count("xpk workload create") == 1
     for ended in ("Failed", "Completed"):
-        lab.change(jobset=ended)
+        lab.world(jobset=ended)
         lab.gke("run")
         assert lab.verbs()[-2:] == ["xpk workload delete", "xpk workload create"]
     ways = {"status": "kubectl get pods", "logs": "kubectl logs", "delete": "xpk workload delete"}

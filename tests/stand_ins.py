@@ -1,18 +1,8 @@
 """Plays gcloud, xpk, kubectl, sbatch and srun for tests of launch/, by the name it is called.
 
-In the folder $STAND_INS it notes each call's arguments in `calls.jsonl`, reads from `plan.json` how
-the world is to behave, and keeps how the world is in `state.json`. Commands for workers are run by
-bash, each worker having a folder of `workers/` as its home and nothing of the caller's environment.
-`unseen` in the state is how many more looks do not find a request that is there.
-
-plan.json may have other values than these:
-  workers       of a pod (2)
-  lives         per request for machines: the states that one look after another finds, the last
-                one from then on (ACTIVE); SUSPENDED takes the workers and what is on them away
-  mains         per request, what gradjax.main does: exit with a status (0), or `hang`
-  finish_after  looks at the workers after which those that hang exit with status 0 (never)
-  node          state of the first machines themselves, while the request is ACTIVE (READY)
-  refuse        message with which a request is refused
+In the folder $STAND_INS it notes each call's arguments in `calls.jsonl`, and keeps in `world.json`
+how the world is and will behave. Commands for workers are run by bash, each worker having a folder
+of `workers/` as its home and nothing of the caller's environment.
 """
 
 import contextlib
@@ -28,21 +18,24 @@ from typing import Any, NoReturn
 
 FOLDER = Path(os.environ["STAND_INS"])
 WORKERS = FOLDER / "workers"
-PLAN = {"workers": 2, "lives": [["ACTIVE"]], "mains": [0], "node": "READY"}
-STATE = {"exists": False, "life": -1, "looks": 0, "statuses": 0, "unseen": 0}
-
-
-def read(name: str) -> dict[str, Any]:
-    file = FOLDER / name
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-plan, state = PLAN | read("plan.json"), STATE | read("state.json")
+world = {
+    "workers": 2,  # of a pod
+    # Per request for machines: the states that one look after another finds, the last one from then
+    # on; SUSPENDED takes the workers and what is on them away.
+    "lives": [["ACTIVE"]],
+    "mains": [0],  # per request, what gradjax.main does: exit with a status, or `hang`
+    "finish_after": sys.maxsize,  # looks at the workers after which those that hang exit with 0
+    "node": "READY",  # state of the first machines themselves, while the request is ACTIVE
+    "refuse": "",  # message with which a request is refused
+    "unseen": 0,  # looks that do not find a request that is there
+} | {"exists": False, "life": -1, "looks": 0, "statuses": 0}
+with contextlib.suppress(FileNotFoundError):
+    world |= json.loads((FOLDER / "world.json").read_text())
 
 
 def leave(status: int = 0, *, output: str = "", error: str = "") -> NoReturn:
-    """Ends the call, keeping the state."""
-    (FOLDER / "state.json").write_text(json.dumps(state))
+    """Ends the call, keeping the world."""
+    (FOLDER / "world.json").write_text(json.dumps(world))
     print(output, end="")
     print(error, end="", file=sys.stderr)
     sys.exit(status)
@@ -82,33 +75,33 @@ def bash(command: str, home: Path, **environment: str) -> subprocess.CompletedPr
 def play(call: list[str]) -> None:
     match call:
         case ["gcloud", "compute", "tpus", "queued-resources", "create", *_]:
-            if "refuse" in plan or state["exists"]:
-                leave(1, error=plan.get("refuse", "ERROR: ALREADY_EXISTS\n"))
-            state.update(exists=True, life=state["life"] + 1, looks=0)
-            for index in range(plan["workers"]):
-                make_worker(f"w-{index}", at(plan["mains"], state["life"]))
+            if world["refuse"] or world["exists"]:
+                leave(1, error=world["refuse"] or "ERROR: ALREADY_EXISTS\n")
+            world.update(exists=True, life=world["life"] + 1, looks=0)
+            for index in range(world["workers"]):
+                make_worker(f"w-{index}", at(world["mains"], world["life"]))
         case ["gcloud", "compute", "tpus", "queued-resources", "delete", *_]:
-            state["exists"] = False
+            world["exists"] = False
             kill_workers()
         case ["gcloud", "compute", "tpus", "queued-resources", "describe", *_, what]:
             if "failedData" in what:
                 leave(output="no capacity\n")
-            state["unseen"] -= 1
-            if not state["exists"] or state["unseen"] >= 0:
+            world["unseen"] -= 1
+            if not world["exists"] or world["unseen"] >= 0:
                 leave(1, error="ERROR: NOT_FOUND: Resource was not found\n")
-            found = at(at(plan["lives"], state["life"]), state["looks"])
-            state["looks"] += 1
+            found = at(at(world["lives"], world["life"]), world["looks"])
+            world["looks"] += 1
             if found == "SUSPENDED":
                 kill_workers()
             leave(output=f"{found}\n")
         case ["gcloud", "compute", "tpus", "tpu-vm", "describe", *_]:
-            leave(output=plan["node"] if state["life"] == 0 else "READY")
+            leave(output=world["node"] if world["life"] == 0 else "READY")
         case ["gcloud", "compute", "tpus", "tpu-vm", "ssh", *_, command]:
             if not (homes := sorted(WORKERS.glob("*"))):
                 leave(1, error="ERROR: there is no such TPU\n")
             done = [bash(command.removeprefix("--command="), home) for home in homes]
-            state["statuses"] += "tpu_worker.sh status" in command
-            if state["statuses"] >= plan.get("finish_after", sys.maxsize):
+            world["statuses"] += "tpu_worker.sh status" in command
+            if world["statuses"] >= world["finish_after"]:
                 for home in homes:
                     make_worker(home.name)
             output = "".join(one.stdout for one in done)
@@ -127,11 +120,11 @@ def play(call: list[str]) -> None:
         case ["xpk", "workload", "list", *_]:
             leave(output="Jobset Name\n")
         case ["xpk", "workload", "delete", *_]:
-            state["exists"] = False
+            world["exists"] = False
         case ["xpk", "workload", "create", *arguments]:
-            if state["exists"]:
+            if world["exists"]:
                 leave(1, error="already exists, XPK will not create this workload\n")
-            state.update(exists=True, jobset="StartupPolicyCompleted")
+            world.update(exists=True, jobset="StartupPolicyCompleted")
             shutil.rmtree(WORKERS / "pod", ignore_errors=True)
             (folder,) = flags(arguments, "script-dir")
             shutil.copytree(folder, WORKERS / "pod")
@@ -144,7 +137,7 @@ def play(call: list[str]) -> None:
             result = bash(f"({command})", make_worker("pod"), **environment)
             leave(output="" if result.returncode == 0 else result.stderr)
         case ["kubectl", "get", "jobset", name, *_]:
-            leave(output=f"{name}:{state['jobset']}" if state["exists"] else "")
+            leave(output=f"{name}:{world['jobset']}" if world["exists"] else "")
         case ["kubectl", *_]:
             pass
         case ["sbatch", *arguments]:
