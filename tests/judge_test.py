@@ -3,15 +3,11 @@
 import contextlib
 import json
 import logging
+import multiprocessing
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import openai
 import pytest
@@ -35,30 +31,10 @@ from gradjax.score.judge import (
     tag_coverage,
 )
 from gradjax.structs import Example
-from tests.fake_endpoint import (
-    DROP,
-    FakeEndpoint,
-    Reply,
-    answer,
-    completion,
-    error,
-    fake_endpoint,
-    wait_until,
-)
+from tests.fake_endpoint import DROP, Reply, answer, completion, error, fake_endpoint, wait_until
 
 KEY = "sk-test-0123456789-abcdefghijkl"
 NOBODY = "http://127.0.0.1:1/v1"
-# Judges rows in a process of its own.
-JUDGE_ROWS = """
-import sys
-from pathlib import Path
-from gradjax.score.endpoint import Judge
-from gradjax.score.judge import score_difficulty
-from gradjax.structs import Example
-url, cache, *rows = sys.argv[1:]
-judge = Judge(url, "judge-1", Path(cache), prompt="{instruction}", concurrency=3)
-score_difficulty(judge, [Example("rows", i, "", row) for i, row in enumerate(rows)])
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +45,13 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def server() -> Iterator[FakeEndpoint]:
+def server():
     with fake_endpoint(rate) as server:
         yield server
 
 
 @pytest.fixture
-def make_judge(request, tmp_path) -> Callable[..., Judge]:
+def make_judge(request, tmp_path):
     """Makes judges of the test's server with one cache; the prompt is the instruction alone."""
 
     def make(url: str = "", model: str = "judge-1", **settings) -> Judge:
@@ -113,10 +89,16 @@ def contents(judge: Judge) -> list[str]:
         return sorted(row[0] for row in cache.execute("SELECT content FROM answers"))
 
 
-def start_child(judge: Judge, rows: list[str]) -> subprocess.Popen[bytes]:
-    """A process that judges rows."""
-    command = [sys.executable, "-c", JUDGE_ROWS, judge.base_url, str(judge.cache), *rows]
-    return subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+@contextlib.contextmanager
+def child(judge: Judge, rows: list[str]):
+    """A process that judges rows; it is killed where the context ends."""
+    process = multiprocessing.get_context("spawn").Process(target=ask, args=(judge, *rows))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 # --- What answers mean ---
@@ -167,7 +149,7 @@ def test_text_in_and_around_json_does_not_matter(rating: int, reason: str):
     assert parse_difficulty(text) == parse_difficulty(f"Sure!\n{text}\nBye") == rating
 
 
-SEA_LIFE_AND_CPP = [
+SEA_LIFE = [
     '[{"tag": "Sea Life", "explanation": "fish {1}"}, {"tag": "C++", "explanation": ""}]',
     'Tags:\n```json\n[\n    {"tag": "sea-life"},\n    {"tag": "C++"}\n]\n```\nDone.',
     *('{"tags": [{"tag": "sea life"}, {"tag": "c++"}]}', '{"tags": ["sea life", "c++"]}'),
@@ -180,15 +162,15 @@ NO_TAGS = [
     *('[{"tag": "poetry", "tag": "sea life"}]', '[{"tag": "cut off", "explanation": "the ans'),
     *('{"error": {"message": "rate limit"}}', "[{" * 50_000),
 ]
+TAGS = [*((text, ["sea life", "c++"]) for text in SEA_LIFE), *((text, None) for text in NO_TAGS)]
 
 
-@pytest.mark.parametrize("text", SEA_LIFE_AND_CPP + NO_TAGS)
-def test_different_tags_are_read_and_none_are_guessed(text):
-    assert parse_tags(text) == (["sea life", "c++"] if text in SEA_LIFE_AND_CPP else None)
+@pytest.mark.parametrize(("text", "tags"), [*TAGS, ('["C", "C++", "C#"]', ["c", "c++", "c#"])])
+def test_different_tags_are_read_and_none_are_guessed(text, tags):
+    assert parse_tags(text) == tags
 
 
-def test_tags_differ_by_marks_that_are_no_joints_and_coverage_counts_them():
-    assert parse_tags('["C", "C++", "C#"]') == ["c", "c++", "c#"]
+def test_coverage_counts_different_tags():
     assert tag_coverage([["a", "b"], None, ["b", "c"], []]) == 3
     assert tag_coverage([]) == 0
 
@@ -244,9 +226,7 @@ def test_rows_go_through_verbatim(server, make_judge):
     ("score", "name", "parse"),
     [(score_instag, "instag", parse_tags), (score_difficulty, "difficulty", parse_difficulty)],
 )
-def test_own_prompts_hold_the_row_and_show_a_form_that_can_be_read(
-    score: Callable, name, parse: Callable, server, make_judge
-):
+def test_own_prompts_hold_the_row_and_show_a_readable_form(score, name, parse, server, make_judge):
     server.behaviour = lambda *_: answer('{"tags": ["t"], "difficulty": 7}')
     score(make_judge(prompt=None), examples("Why is the {sea} salty?"))
     (prompt,) = server.prompts
@@ -277,7 +257,10 @@ def test_a_model_without_temperature_is_asked_without(server, make_judge):
 
 # --- What goes wrong ---
 
-NOT_A_COMPLETION = "no answer (the reply is no chat completion: "
+NO_COMPLETIONS = [
+    *(b"<html>Gateway</html>", b'{"choices": [{"message": {"content": "8"', b'{"choices": []}'),
+    *(b'{"error": {"message": "upstream failed"}}', b"[" * 100_000, b"\xff\xfe\xfa"),
+]
 # What a row's reason says when each of its replies is so, and how many there are then.
 FAULTS = [
     (error(429, "slow down", Retry_After="0.01"), "no answer (HTTP 429: slow down)", 2),
@@ -288,17 +271,13 @@ FAULTS = [
     (DROP, "no answer (no connection: ", 2),
     (error(400, "prompt too long"), "no answer (HTTP 400: prompt too long)", 1),
     (error(403, "flagged"), "no answer (HTTP 403: flagged)", 1),
-    (Reply(body=b"<html>Gateway</html>"), NOT_A_COMPLETION, 3),
-    (Reply(body=b'{"choices": [{"message": {"content": "8"'), NOT_A_COMPLETION, 3),
-    (Reply(body=b'{"error": {"message": "upstream failed"}}'), NOT_A_COMPLETION, 3),
-    (Reply(body=b'{"choices": []}'), NOT_A_COMPLETION, 3),
-    (Reply(body=b"[" * 100_000), NOT_A_COMPLETION, 3),
-    (Reply(body=b"\xff\xfe\xfa"), NOT_A_COMPLETION, 3),
+    *(
+        (Reply(body=body), "no answer (the reply is no chat completion: ", 3)
+        for body in NO_COMPLETIONS
+    ),
     (answer(None), "no usable answer (empty)", 3),
     (answer(" \n"), "no usable answer (empty)", 3),
-    (answer("no idea"), "no usable answer (unparsable: no idea)", 3),
-    (answer("Difficulty: high"), "no usable answer (unparsable: Difficulty: high)", 3),
-    (answer("11"), "no usable answer (unparsable: 11)", 3),
+    *((answer(text), f"no usable answer (unparsable: {text})", 3) for text in ("no idea", "11")),
     (answer("\ud83d\x1b[2J"), r"no usable answer (unparsable: ?\x1b[2J)", 3),
     (answer(None, refusal="I cannot\ndo."), "no usable answer (refused: I cannot do.)", 3),
     (answer("8", finish_reason="length"), "no usable answer (finish_reason length)", 3),
@@ -364,9 +343,7 @@ def test_a_row_refused_in_a_later_call_is_not_taken_for_a_bad_key(server, make_j
         (KEY, error(404, "The model judge-1 does not exist"), "--judge_model=judge-1.*not exist"),
     ],
 )
-def test_a_refused_key_or_model_stops_at_once(
-    key, refusal: Reply, message, server, make_judge, monkeypatch
-):
+def test_a_refused_key_or_model_stops_all(key, refusal, message, server, make_judge, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     server.behaviour = lambda *_: refusal
     with pytest.raises(GradjaxError, match=message) as caught:
@@ -398,11 +375,8 @@ def test_a_wrong_path_or_address_stops_at_once(server, make_judge):
     with pytest.raises(GradjaxError, match="often ends in /v1"):
         ask(make_judge(server.base_url.removesuffix("/v1"), concurrency=1), "a", "b")
     assert len(server.bodies) == 1
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        judge = make_judge(f"http://127.0.0.1:{reserved.getsockname()[1]}/v1", max_retries=0)
-        with pytest.raises(GradjaxError, match=r"cannot be reached \(no connection"):
-            ask(judge, "a", "b")
+    with pytest.raises(GradjaxError, match=r"cannot be reached \(no connection"):
+        ask(make_judge(NOBODY, max_retries=0), "a", "b")
 
 
 def test_many_bad_rows_among_good_ones_stop_nothing(server, make_judge):
@@ -440,14 +414,11 @@ def test_a_killed_run_repeats_no_paid_call(server, make_judge):
     server.behaviour = lambda prompt, _: (
         server.hang() if len(prompt) > 11 and not late.is_set() else answer("7")
     )
-    judge = make_judge(concurrency=3)
-    with start_child(judge, rows) as child:
-        try:
-            wait_until(lambda: judge.cache.exists() and len(server.bodies) == 14)
-            wait_until(lambda: len(contents(judge)) == 11)
-        finally:
-            child.kill()
-    assert child.returncode == -signal.SIGKILL
+    judge = make_judge(concurrency=3, timeout=600.0)
+    with child(judge, rows) as process:
+        wait_until(lambda: len(server.bodies) == 14)
+        wait_until(lambda: len(contents(judge)) == 11)
+    assert process.exitcode == -signal.SIGKILL
     assert sum(server.answered.values()) == 11
     late.set()
     plan = plan_judging(judge, "difficulty", examples(*rows))
@@ -482,9 +453,10 @@ def test_two_processes_share_a_cache(server, make_judge):
 
     server.behaviour = meet
     judge = make_judge()
-    with start_child(judge, rows[::-1]) as child:
+    with child(judge, rows[::-1]) as process:
         assert ask(judge, *rows) == [*range(1, 11)]
-    assert child.returncode == 0
+        process.join()
+    assert process.exitcode == 0
     before = len(server.bodies)
     assert ask(judge, *rows) == [*range(1, 11)]
     assert len(server.bodies) == before
@@ -519,9 +491,8 @@ def test_the_key_shows_up_nowhere(leak: Reply, server, make_judge, tmp_path, cap
     assert not any(KEY.encode() in file.read_bytes() for file in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("key", "sent"), [(f" {KEY}\n", KEY), (None, "none"), ("EMPTY", "EMPTY")]
-)  # space around it is left out, a placeholder is sent without one, and a short one may be meant
+# Space around it is left out, a placeholder is sent without one, and a short one may be meant.
+@pytest.mark.parametrize(("key", "sent"), [(f" {KEY}\n", KEY), ("", "none"), ("EMPTY", "EMPTY")])
 def test_what_is_sent_as_the_key(key, sent, server, make_judge, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     if key:
@@ -535,13 +506,7 @@ def test_what_is_sent_as_the_key(key, sent, server, make_judge, monkeypatch):
 
 # --- Flags and plans ---
 
-NO_ADDRESSES = [
-    "localhost:8000/v1",
-    "file:///etc/passwd",
-    "http://",
-    "http://[::1/v1",
-    "http://h:99999/v1",
-]
+NO_ADDRESSES = ["localhost:8000", "file:///etc/passwd", "http://", "http://[::1", "http://h:99999"]
 
 
 @pytest.mark.parametrize(

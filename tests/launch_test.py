@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,11 +35,7 @@ case "$*" in
   "-c "* | "-m pip "*) ;;
   "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
   "-P -m gradjax.main "*)
-    shift 3
-    printf '%s\0' "$@" >"$HOME/argv"
-    printf %s "${HF_TOKEN-}" >"$HOME/token"
-    printf %s "$PWD" >"$HOME/directory"
-    printf %s "${JAX_LOCAL_DEVICE_IDS-}" >"$HOME/devices"
+    printf '%s\0' "$PWD" "${HF_TOKEN-}" "${JAX_LOCAL_DEVICE_IDS-}" "${@:4}" >"$HOME/call"
     echo start >>"$HOME/starts"
     echo "a line of the log"
     while [[ $(cat "$HOME/behaviour") == hang ]]; do sleep 0.05; done
@@ -85,10 +80,9 @@ class Lab:
     """A repository, a directory to call from, and the machines that are played."""
 
     def __init__(self, folder: Path, repository: Path):
-        self.folder, self.repository = folder, folder / "a repository"
-        self.here, self.played, self.tools, self.worker = (
-            folder / name for name in ("here", "played", "tools", "worker")
-        )
+        self.folder, self.repository = folder, shutil.copytree(repository, folder / "a repository")
+        names = ("here", "played", "tools", "worker")
+        self.here, self.played, self.tools, self.worker = (folder / name for name in names)
         for directory in (self.here / "rows of mine", self.played, self.tools, self.worker):
             directory.mkdir(parents=True)
         for tool in TOOLS:
@@ -102,7 +96,7 @@ class Lab:
         write_executable(self.worker / "hostname", '#!/usr/bin/env bash\necho "${HOME##*/}"\n')
         for name, text in FILES.items():
             (self.here / name).write_text(text)
-        self.plan()
+        self.all_tools = f"{self.played}:{self.worker}:{self.tools}"  # where this is a worker too
         self.environment = {
             "PATH": f"{self.played}:{self.tools}",
             "WORKER_PATH": f"{self.worker}:{self.tools}",
@@ -113,18 +107,12 @@ class Lab:
             "LC_ALL": "C.UTF-8",
             "GIT_CONFIG_GLOBAL": os.devnull,
         }
-        self.all_tools = f"{self.played}:{self.worker}:{self.tools}"  # where this is a worker too
-        shutil.copytree(repository, self.repository)
 
-    def plan(self, **plan: Any) -> None:
-        """How the world is to behave; see stand_ins.py."""
-        plan = {"workers": 2, "lives": [["ACTIVE"]], "mains": [0]} | plan
-        (self.folder / "plan.json").write_text(json.dumps(plan))
-
-    def change(self, **state: Any) -> None:
-        """Changes how the world is."""
-        file = self.folder / "state.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | state))
+    def world(self, **values: Any) -> None:
+        """Changes how the world is and will behave; see stand_ins.py."""
+        file = self.folder / "world.json"
+        world = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(world | values))
 
     def calls(self, word: str = "") -> list[list[str]]:
         """What was called, with its arguments; with a word, only the calls that have it."""
@@ -137,31 +125,17 @@ class Lab:
         verbs = []
         for name, *arguments in self.calls():
             command = next((a for a in arguments if a.startswith("--command=")), "")
-            verb = " ".join(a for a in arguments[:4] if a[0] != "-" and "://" not in a)
             words = command.partition("tpu_worker.sh ")[2].split()
-            verb = words[0] if name == "gcloud" and words else f"{name} {verb}"
-            if not verb.startswith(("status", "gcloud compute tpus tpu-vm ssh")):
-                verbs.append(verb.replace("compute tpus ", ""))
-        return [verb for verb in verbs if "describe" not in verb]
-
-    def launch(
-        self, script: str, *arguments: str, status: int = 0, **environment: str
-    ) -> SimpleNamespace:
-        """Runs a script of launch/ and checks its exit status, and that the key stayed hidden."""
-        command = ("bash", self.repository / "launch" / script, *arguments)
-        return self.call(*command, status=status, **environment)
-
-    def tpu(self, command: str, *flags: str, status: int = 0) -> SimpleNamespace:
-        given = [command, *TPU, "--spot", "--", *(flags or ("--model=demo",)), BUCKET]
-        return self.launch("tpu_pod.sh", *given, status=status)
-
-    def gke(self, command: str, *flags: str) -> SimpleNamespace:
-        given = [command, *GKE, "--num_slices=2", "--", *(flags or ("--model=demo",)), BUCKET]
-        return self.launch("gke_xpk.sh", *given)
+            verb = " ".join([name, *(a for a in arguments[:4] if a[0] != "-" and "://" not in a)])
+            verbs.append(words[0] if name == "gcloud" and words else verb)
+        looks = ("status", "gcloud compute tpus tpu-vm ssh")
+        verbs = [v for v in verbs if "describe" not in v and not v.startswith(looks)]
+        return [verb.replace("compute tpus ", "") for verb in verbs]
 
     def call(
         self, *command: str | Path, status: int = 0, cwd: Path | None = None, **environment: str
     ) -> SimpleNamespace:
+        """Runs a command and checks its exit status, and that the key stayed hidden."""
         result = subprocess.run(
             command,
             cwd=cwd or self.here,
@@ -175,6 +149,17 @@ class Lab:
         assert TOKEN not in result.stdout + result.stderr + json.dumps(self.calls())
         return SimpleNamespace(out=result.stdout, err=result.stderr)
 
+    def launch(self, script: str, *arguments: str, **options: Any) -> SimpleNamespace:
+        return self.call("bash", self.repository / "launch" / script, *arguments, **options)
+
+    def tpu(self, command: str, *flags: str, status: int = 0) -> SimpleNamespace:
+        given = [command, *TPU, "--spot", "--", *(flags or ("--model=demo",)), BUCKET]
+        return self.launch("tpu_pod.sh", *given, status=status)
+
+    def gke(self, command: str, *flags: str) -> SimpleNamespace:
+        given = [command, *GKE, "--num_slices=2", "--", *(flags or ("--model=demo",)), BUCKET]
+        return self.launch("gke_xpk.sh", *given)
+
     def homes(self, wait: bool = False) -> list[Path]:
         """The workers' home directories; perhaps once gradjax.main has been started on each."""
         homes = sorted((self.folder / "workers").glob("*"))
@@ -182,16 +167,22 @@ class Lab:
             wait_until(lambda: all((home / "starts").exists() for home in homes))
         return homes
 
-    def argv(self, home: Path) -> list[str]:
-        return (home / "argv").read_text().split("\0")[:-1]
+    def runs(self, wait: bool = False) -> list[SimpleNamespace]:
+        """How gradjax.main was called, worker by worker."""
+        runs = []
+        for home in self.homes(wait):
+            directory, token, devices, *argv, _ = (home / "call").read_text().split("\0")
+            assert token == TOKEN
+            runs.append(SimpleNamespace(directory=Path(directory), devices=devices, argv=argv))
+        return runs
 
     def kill(self, home: Path) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             os.killpg(int((home / "gradjax" / "pid").read_text()), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(tmp_path_factory):
     """A git repository with what is launched, all of it committed."""
     folder = tmp_path_factory.mktemp("repository")
     ignore = shutil.ignore_patterns("*.py", "__pycache__")
@@ -207,22 +198,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, repository: Path) -> Iterator[Lab]:
+def lab(tmp_path, repository):
     lab = Lab(tmp_path, repository)
     yield lab
-    for file in tmp_path.glob("workers/*/gradjax/pid"):
-        lab.kill(file.parent.parent)
+    for home in lab.homes():
+        lab.kill(home)
 
 
 # --- All of them ---
-
-
-def test_shellcheck_finds_nothing():
-    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert found, "install requirements-test.txt"
-    names = ("cluster.sh", "tpu_pod.sh", "tpu_worker.sh", "gke_xpk.sh", "slurm.sbatch")
-    scripts = [f"launch/{name}" for name in names]
-    subprocess.run([found, "--external-sources", *scripts], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("script", ["tpu_pod.sh", "gke_xpk.sh", "slurm.sbatch"])
@@ -258,11 +241,19 @@ def test_dry_run_shows_commands_and_runs_none(lab: Lab, command, settings, expec
     given = [*verb, *settings, "--dry_run", *(["--"] if verb else []), *DIFFICULT, BUCKET]
     result = lab.launch(script, *given, PATH=str(lab.tools))
     assert result.err == ""
-    for words in expected.split(","):
-        assert words in result.out
+    assert [words for words in expected.split(",") if words not in result.out] == []
     subprocess.run(["bash", "-n"], input=result.out, text=True, check=True)
     assert lab.calls() == []
     assert sorted(lab.folder.rglob("*")) == before
+
+
+def refusal(lab: Lab, arguments: list[str]) -> str:
+    """The one sentence with which a script ends before it calls anything."""
+    said = lab.launch(*arguments, status=1).err
+    assert said.startswith("gradjax: ")
+    assert said.count("\n") == 1
+    assert lab.calls() == []
+    return said
 
 
 RUN_TPU, RUN_GKE = ("tpu_pod.sh", "run", *TPU, "--"), ("gke_xpk.sh", "run", *GKE)
@@ -279,10 +270,7 @@ NO_FILE, LOST = "there is no file no.jsonl here", "the workers' disks are lost"
         (["tpu_pod.sh", "up", *TPU, "--model=demo"], "--model=demo is not a setting of this"),
         (["tpu_pod.sh", "up", *TPU, "--zone"], "--zone: expected --zone=VALUE"),
         (["tpu_pod.sh", "up", *TPU, "--spot=yes"], "--spot=yes: expected --spot alone"),
-        (
-            ["tpu_pod.sh", "up", *TPU, "--name=A/../b"],
-            "--name=A/../b: expected up to 50 lower-case",
-        ),
+        (["tpu_pod.sh", "up", *TPU, "--name=A/../b"], "--name=A/../b: expected up to 50 lower"),
         (["tpu_pod.sh", "fly", *TPU], "fly: expected all, up, run"),
         ([*RUN_TPU], f"--output_dir=: {LOST}"),
         ([*RUN_TPU, "--output_dir=runs/x"], f"--output_dir=runs/x: {LOST}"),
@@ -301,11 +289,7 @@ NO_FILE, LOST = "there is no file no.jsonl here", "the workers' disks are lost"
     ],
 )
 def test_what_cannot_work_is_one_sentence_before_anything_is_asked(lab: Lab, arguments, message):
-    result = lab.launch(*arguments, status=1)
-    assert result.err.startswith("gradjax: ")
-    assert message in result.err
-    assert result.err.count("\n") == 1
-    assert lab.calls() == []
+    assert message in refusal(lab, arguments)
 
 
 @pytest.mark.parametrize(
@@ -321,10 +305,7 @@ def test_what_cannot_work_is_one_sentence_before_anything_is_asked(lab: Lab, arg
 )
 def test_a_missing_tool_is_named(lab: Lab, tool, arguments):
     (lab.played / tool).unlink()
-    result = lab.launch(*arguments, status=1)
-    assert result.err.startswith(f"gradjax: there is no {tool} on PATH; ")
-    assert result.err.count("\n") == 1
-    assert lab.calls() == []
+    assert refusal(lab, arguments).startswith(f"gradjax: there is no {tool} on PATH; ")
 
 
 # --- TPU pods ---
@@ -332,7 +313,7 @@ def test_a_missing_tool_is_named(lab: Lab, tool, arguments):
 
 def test_all_goes_from_the_request_to_the_end(lab: Lab):
     states = ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-    lab.plan(lives=[states], mains=["hang"], finish_after=3)
+    lab.world(lives=[states], mains=["hang"], finish_after=3)
     result = lab.tpu("all")
     scp = "gcloud tpu-vm scp"
     rsync = "gcloud storage rsync"
@@ -351,18 +332,16 @@ def test_all_goes_from_the_request_to_the_end(lab: Lab):
 
 
 def test_flags_files_and_the_key_arrive_unharmed_on_a_pod(lab: Lab):
-    lab.plan(workers=3, mains=["hang"])
+    lab.world(workers=3, mains=["hang"])
     lab.tpu("up")
     lab.tpu("run", *DIFFICULT)
-    for home in lab.homes(wait=True):
-        assert lab.argv(home) == [AUTO, *DIFFICULT, BUCKET]
-        assert (home / "token").read_text() == TOKEN
+    for home, run in zip(lab.homes(), lab.runs(wait=True), strict=True):
+        assert run.argv == [AUTO, *DIFFICULT, BUCKET]
         directory = home / "gradjax"
         assert (directory.stat().st_mode | (directory / "environment").stat().st_mode) & 0o077 == 0
-        files = directory / "files"
-        assert (home / "directory").read_text() == str(files)
-        sent = [path for path in files.rglob("*") if path.is_file()]
-        assert {str(path.relative_to(files)): path.read_text() for path in sent} == FILES
+        assert run.directory == directory / "files"
+        sent = [path for path in run.directory.rglob("*") if path.is_file()]
+        assert {str(path.relative_to(run.directory)): path.read_text() for path in sent} == FILES
     assert not list(lab.repository.rglob("environment"))
 
 
@@ -372,9 +351,8 @@ def test_an_old_python_is_replaced_and_a_coordinator_that_is_given_is_kept(lab: 
     lab.tpu("up")
     flags = ["--coordinator_address=a:1", "--num_processes=2"]
     lab.tpu("run", *flags)
-    for home in lab.homes(wait=True):
-        assert (home / "uv").exists()
-        assert lab.argv(home) == [*flags, BUCKET]
+    assert [run.argv for run in lab.runs(wait=True)] == [[*flags, BUCKET]] * 2
+    assert all((home / "uv").exists() for home in lab.homes())
 
 
 # Preempted while its run goes on, by the state of the request or of the machines.
@@ -385,7 +363,7 @@ def test_an_old_python_is_replaced_and_a_coordinator_that_is_given_is_kept(lab: 
 def test_preempted_machines_are_asked_for_again_and_the_run_goes_on(lab, first, node, starts):
     # The next ones are preempted while they are waited for.
     lives = [first, ["PROVISIONING", "SUSPENDED"], ["ACTIVE"]]
-    lab.plan(lives=lives, mains=["hang", 0, 0], node=node)
+    lab.world(lives=lives, mains=["hang", 0, 0], node=node)
     result = lab.tpu("all")
     verbs = lab.verbs()
     assert [verbs.count(verb) for verb in (CREATE, DELETE, "start")] == [3, 3, starts]
@@ -394,7 +372,7 @@ def test_preempted_machines_are_asked_for_again_and_the_run_goes_on(lab, first, 
 
 
 def test_a_request_that_fails_ends_with_what_gcloud_knows_and_is_made_anew_later(lab: Lab):
-    lab.plan(workers=1, lives=[["PROVISIONING", "FAILED"], ["ACTIVE"]])
+    lab.world(workers=1, lives=[["PROVISIONING", "FAILED"], ["ACTIVE"]])
     result = lab.tpu("all", status=1)
     assert "gradjax failed; what gcloud knows: no capacity" in result.err
     assert lab.verbs() == [CREATE]
@@ -402,13 +380,13 @@ def test_a_request_that_fails_ends_with_what_gcloud_knows_and_is_made_anew_later
     assert lab.verbs() == [CREATE, DELETE, CREATE]
     lab.tpu("up")
     assert len(lab.verbs()) == 3
-    lab.change(unseen=1)  # as if somebody else made it in between
+    lab.world(unseen=1)  # as if somebody else made it in between
     assert "ALREADY_EXISTS" in lab.tpu("up").err
     assert lab.verbs()[3:] == [CREATE]
 
 
 def test_a_request_that_gcloud_refuses_or_knows_nothing_of_ends(lab: Lab):
-    lab.plan(refuse="ERROR: Quota limit 'TPUV5sLitepod' has been exceeded\n")
+    lab.world(refuse="ERROR: Quota limit 'TPUV5sLitepod' has been exceeded\n")
     result = lab.tpu("all", status=1)
     assert "Quota limit" in result.err
     assert "gcloud refused v5litepod-16 in us-west4-a" in result.err
@@ -417,7 +395,7 @@ def test_a_request_that_gcloud_refuses_or_knows_nothing_of_ends(lab: Lab):
 
 
 def test_a_run_that_goes_on_is_not_started_again(lab: Lab):
-    lab.plan(mains=["hang"])
+    lab.world(mains=["hang"])
     lab.tpu("up")
     lab.tpu("run")
     homes = lab.homes(wait=True)
@@ -431,8 +409,8 @@ def test_a_run_that_goes_on_is_not_started_again(lab: Lab):
     # Even if it is asked directly.
     for home in homes:
         worker = home / "gradjax" / "code" / "launch" / "tpu_worker.sh"
-        there = {"HOME": str(home), "PATH": lab.environment["WORKER_PATH"]}
-        result = lab.call("bash", worker, "start", "--model=demo", **there)
+        path = lab.environment["WORKER_PATH"]
+        result = lab.call("bash", worker, "start", "--model=demo", HOME=str(home), PATH=path)
         assert result.out == f"{home.name} is running already\n"
         assert (home / "starts").read_text() == "start\n"
 
@@ -444,7 +422,7 @@ def test_a_run_that_goes_on_is_not_started_again(lab: Lab):
 
 
 def test_a_worker_that_is_lost_takes_the_others_along_to_a_new_start(lab: Lab):
-    lab.plan(mains=["hang"], finish_after=6)
+    lab.world(mains=["hang"], finish_after=6)
     lab.tpu("up")
     lab.tpu("run")
     lab.kill(lab.homes()[1])
@@ -453,7 +431,7 @@ def test_a_worker_that_is_lost_takes_the_others_along_to_a_new_start(lab: Lab):
 
 
 def test_a_run_that_fails_says_so_and_keeps_the_machines(lab: Lab):
-    lab.plan(mains=[3])
+    lab.world(mains=[3])
     result = lab.tpu("all", status=1)
     assert "w-1: gradjax: exited with status 3" in result.out
     assert "a worker ended with an error" in result.err
@@ -489,10 +467,9 @@ def test_flags_files_and_the_key_arrive_unharmed_in_a_cluster(lab: Lab, way):
     else:
         shown = lab.launch(*RUN_GKE, "--dry_run", "--", *DIFFICULT, BUCKET).out
         lab.call("bash", "-ec", shown)
-    (pod,) = lab.homes()
-    assert lab.argv(pod) == [AUTO, *DIFFICULT, BUCKET]
-    assert (pod / "token").read_text() == TOKEN
-    assert (pod / "files" / "low.jsonl").read_text() == "another row"
+    (run,) = lab.runs()
+    assert run.argv == [AUTO, *DIFFICULT, BUCKET]
+    assert (run.directory / "low.jsonl").read_text() == "another row"
     built = [path.read_bytes() for path in lab.repository.rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in text for text in built)
 
@@ -502,7 +479,7 @@ def test_a_run_in_the_cluster_is_left_alone_and_an_ended_one_goes_on(lab: Lab):
     assert "in the cluster already" in lab.gke("run").err
     assert lab.verbs().count("xpk workload create") == 1
     for ended in ("Failed", "Completed"):
-        lab.change(jobset=ended)
+        lab.world(jobset=ended)
         lab.gke("run")
         assert lab.verbs()[-2:] == ["xpk workload delete", "xpk workload create"]
     ways = {"status": "kubectl get pods", "logs": "kubectl logs", "delete": "xpk workload delete"}
@@ -517,35 +494,30 @@ def test_a_run_in_the_cluster_is_left_alone_and_an_ended_one_goes_on(lab: Lab):
 SLURM = (*DIFFICULT, "--output_dir=runs/a run")
 
 
-def submit(lab: Lab, options: list[str], *arguments: str, status: int = 0, **where: Any) -> str:
+def submit(lab: Lab, *arguments: str, **where: Any) -> str:
     """What a job says that is submitted in the repository, or in another `cwd`."""
     shutil.copy(lab.here / "my.flags", lab.repository)
     where = {"cwd": lab.repository, "PATH": lab.all_tools} | where
-    command = [lab.played / "sbatch", *options, "launch/slurm.sbatch", *arguments]
-    return lab.call(*command, status=status, **where).err
+    return lab.call(lab.played / "sbatch", *arguments, **where).err
 
 
 PER_NODE = "--nodes=3 --ntasks=3 --ntasks-per-node=1 --cpus-per-task=24 --label"
-PER_GPU = "--ntasks=6 --ntasks-per-node=3 --cpus-per-task=8 --gpus-per-task=1"
+PER_GPU = "--nodes=2 --ntasks=6 --ntasks-per-node=3 --cpus-per-task=8 --gpus-per-task=1"
 
 
 @pytest.mark.parametrize(
     ("options", "per", "tasks", "expected", "devices"),
     [
-        (["--nodes=3", "--gpus=4"], [], 3, PER_NODE, "0,1,2,3"),
-        (["--nodes=2", "--gpus=3"], ["--per=gpu"], 6, PER_GPU, "0"),
-        (["--nodes=1"], [], 1, "--nodes=1", ""),
+        ("--nodes=3 --gpus=4", [], 3, PER_NODE, "0,1,2,3"),
+        ("--nodes=2 --gpus=3", ["--per=gpu"], 6, PER_GPU, "0"),
+        ("--nodes=1", [], 1, "--nodes=1 --ntasks=1 --ntasks-per-node=1", ""),
     ],
 )
 def test_a_process_has_all_gpus_of_its_node_or_one(lab, options, per, tasks, expected, devices):
-    submit(lab, options, *per, *SLURM)
+    submit(lab, *options.split(), "launch/slurm.sbatch", *per, *SLURM)
     (srun,) = [call for call in lab.calls() if call[0] == "srun"]
     assert set(expected.split()) <= set(srun)
-    assert len(lab.homes()) == tasks
-    for home in lab.homes():
-        assert lab.argv(home) == [AUTO, *SLURM]
-        assert (home / "devices").read_text() == devices
-        assert (home / "token").read_text() == TOKEN
+    assert [(run.argv, run.devices) for run in lab.runs()] == [([AUTO, *SLURM], devices)] * tasks
     needed = "requirements-cuda.txt" if devices else "requirements.txt"
     assert (lab.repository / ".venv" / f"installed-{needed}").exists()
 
@@ -553,9 +525,8 @@ def test_a_process_has_all_gpus_of_its_node_or_one(lab, options, per, tasks, exp
 def test_bash_submits_from_anywhere(lab: Lab):
     lab.launch("slurm.sbatch", *SLURM, PATH=lab.all_tools)
     assert [call[0] for call in lab.calls()] == ["sbatch", "srun"]
-    (home,) = lab.homes()
-    assert lab.argv(home) == [AUTO, *SLURM]
-    assert (home / "directory").read_text() == str(lab.here)
+    (run,) = lab.runs()
+    assert (run.argv, run.directory) == ([AUTO, *SLURM], lab.here)
 
 
 def test_what_dry_run_shows_does_the_same(lab: Lab):
@@ -563,14 +534,13 @@ def test_what_dry_run_shows_does_the_same(lab: Lab):
     submitted, _, job = shown.partition("# The job then runs, on one node with one GPU:\n")
     assert shlex.split(submitted)[-1] == SLURM[-1]
     lab.call("bash", "-ec", job, PATH=lab.all_tools)
-    (home,) = lab.homes()
-    assert lab.argv(home) == [AUTO, *SLURM]
-    assert (home / "devices").read_text() == "0"
+    (run,) = lab.runs()
+    assert (run.argv, run.devices) == ([AUTO, *SLURM], "0")
 
 
 def test_a_job_says_what_it_needs_and_is_queued_again(lab: Lab):
-    assert "there are no GPUs in this job" in submit(lab, [], "--per=gpu", status=1)
-    (lab.here / "launch").mkdir()
-    shutil.copy(lab.repository / "launch" / "slurm.sbatch", lab.here / "launch")
-    assert "submit the job in the root" in submit(lab, [], status=1, cwd=lab.here)
+    script = "launch/slurm.sbatch"
+    assert "there are no GPUs in this job" in submit(lab, script, "--per=gpu", status=1)
+    elsewhere = lab.repository / script
+    assert "submit the job in the root" in submit(lab, str(elsewhere), status=1, cwd=lab.here)
     assert "\n#SBATCH --requeue\n" in (ROOT / "launch" / "slurm.sbatch").read_text()

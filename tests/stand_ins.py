@@ -1,18 +1,8 @@
 """Plays gcloud, xpk, kubectl, sbatch and srun for tests of launch/, by the name it is called.
 
-In the folder $STAND_INS it notes each call's arguments in `calls.jsonl`, reads from `plan.json` how
-the world is to behave, and keeps how the world is in `state.json`. Commands for workers are run by
-bash, each worker having a folder of `workers/` as its home and nothing of the caller's environment.
-
-plan.json:
-  workers       number of workers of a pod
-  lives         per request for machines: the states that one look after another finds, the last
-                one from then on; SUSPENDED takes the workers and what is on them away
-  mains         per request, what gradjax.main does: exit with a status, or `hang`
-  finish_after  looks at the workers after which those that hang exit with status 0
-  node          state of the machines themselves once, while the request is ACTIVE
-  unseen        looks at first that do not find a request that is there
-  refuse        message with which a request is refused
+In the folder $STAND_INS it notes each call's arguments in `calls.jsonl`, and keeps in `world.json`
+how the world is and will behave. Commands for workers are run by bash, each worker having a folder
+of `workers/` as its home and nothing of the caller's environment.
 """
 
 import contextlib
@@ -28,28 +18,37 @@ from typing import Any, NoReturn
 
 FOLDER = Path(os.environ["STAND_INS"])
 WORKERS = FOLDER / "workers"
-
-
-def read(name: str) -> dict[str, Any]:
-    file = FOLDER / name
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-plan = read("plan.json")
-state = {"exists": False, "life": -1, "looks": 0, "statuses": 0} | read("state.json")
+world = {
+    "workers": 2,  # of a pod
+    # Per request for machines: the states that one look after another finds, the last one from then
+    # on; SUSPENDED takes the workers and what is on them away.
+    "lives": [["ACTIVE"]],
+    "mains": [0],  # per request, what gradjax.main does: exit with a status, or `hang`
+    "finish_after": sys.maxsize,  # looks at the workers after which those that hang exit with 0
+    "node": "READY",  # state of the first machines themselves, while the request is ACTIVE
+    "refuse": "",  # message with which a request is refused
+    "unseen": 0,  # looks that do not find a request that is there
+} | {"exists": False, "life": -1, "looks": 0, "statuses": 0}
+with contextlib.suppress(FileNotFoundError):
+    world |= json.loads((FOLDER / "world.json").read_text())
 
 
 def leave(status: int = 0, *, output: str = "", error: str = "") -> NoReturn:
-    """Ends the call, keeping the state."""
-    (FOLDER / "state.json").write_text(json.dumps(state))
+    """Ends the call, keeping the world."""
+    (FOLDER / "world.json").write_text(json.dumps(world))
     print(output, end="")
     print(error, end="", file=sys.stderr)
     sys.exit(status)
 
 
-def flag(arguments: list[str], name: str) -> str:
-    """The value of --NAME=VALUE."""
-    return next(a.partition("=")[2] for a in arguments if a.startswith(f"--{name}="))
+def flags(arguments: list[str], name: str) -> list[str]:
+    """The values of --NAME=VALUE."""
+    return [a.partition("=")[2] for a in arguments if a.startswith(f"--{name}=")]
+
+
+def at(values: list[Any], index: int) -> Any:
+    """One after another, the last one from then on."""
+    return values[min(index, len(values) - 1)]
 
 
 def make_worker(name: str, behaviour: object = 0) -> Path:
@@ -73,117 +72,98 @@ def bash(command: str, home: Path, **environment: str) -> subprocess.CompletedPr
     return subprocess.run(["bash", "-c", command], cwd=home, env=given | environment, **pipes)
 
 
-def at(values: list[Any], index: int) -> Any:
-    """One after another, the last one from then on."""
-    return values[min(index, len(values) - 1)]
-
-
-def gcloud(arguments: list[str]) -> None:
-    match arguments:
-        case ["compute", "tpus", "queued-resources", "create", *_]:
-            if "refuse" in plan or state["exists"]:
-                leave(1, error=plan.get("refuse", "ERROR: ALREADY_EXISTS\n"))
-            state.update(exists=True, life=state["life"] + 1, looks=0)
-            for index in range(plan["workers"]):
-                make_worker(f"w-{index}", at(plan["mains"], state["life"]))
-        case ["compute", "tpus", "queued-resources", "delete", *_]:
-            state["exists"] = False
+def play(call: list[str]) -> None:
+    match call:
+        case ["gcloud", "compute", "tpus", "queued-resources", "create", *_]:
+            if world["refuse"] or world["exists"]:
+                leave(1, error=world["refuse"] or "ERROR: ALREADY_EXISTS\n")
+            world.update(exists=True, life=world["life"] + 1, looks=0)
+            for index in range(world["workers"]):
+                make_worker(f"w-{index}", at(world["mains"], world["life"]))
+        case ["gcloud", "compute", "tpus", "queued-resources", "delete", *_]:
+            world["exists"] = False
             kill_workers()
-        case ["compute", "tpus", "queued-resources", "describe", *rest]:
-            if "failedData" in flag(rest, "format"):
+        case ["gcloud", "compute", "tpus", "queued-resources", "describe", *_, what]:
+            if "failedData" in what:
                 leave(output="no capacity\n")
-            state["unseen"] = state.get("unseen", plan.get("unseen", 0)) - 1
-            if not state["exists"] or state["unseen"] >= 0:
+            world["unseen"] -= 1
+            if not world["exists"] or world["unseen"] >= 0:
                 leave(1, error="ERROR: NOT_FOUND: Resource was not found\n")
-            found = at(at(plan["lives"], state["life"]), state["looks"])
-            state["looks"] += 1
+            found = at(at(world["lives"], world["life"]), world["looks"])
+            world["looks"] += 1
             if found == "SUSPENDED":
                 kill_workers()
             leave(output=f"{found}\n")
-        case ["compute", "tpus", "tpu-vm", "describe", *_]:
-            leave(output=f"{plan.get('node', 'READY') if state['life'] == 0 else 'READY'}\n")
-        case ["compute", "tpus", "tpu-vm", "ssh", _, *rest]:
-            ssh(flag(rest, "command"), sorted(WORKERS.glob("*")))
-        case ["compute", "tpus", "tpu-vm", "scp", *rest]:
-            *sources, destination = [a for a in rest if not a.startswith("--")]
-            worker = flag(rest, "worker")
+        case ["gcloud", "compute", "tpus", "tpu-vm", "describe", *_]:
+            leave(output=world["node"] if world["life"] == 0 else "READY")
+        case ["gcloud", "compute", "tpus", "tpu-vm", "ssh", *_, command]:
+            if not (homes := sorted(WORKERS.glob("*"))):
+                leave(1, error="ERROR: there is no such TPU\n")
+            done = [bash(command.removeprefix("--command="), home) for home in homes]
+            world["statuses"] += "tpu_worker.sh status" in command
+            if world["statuses"] >= world["finish_after"]:
+                for home in homes:
+                    make_worker(home.name)
+            output = "".join(one.stdout for one in done)
+            error = "".join(one.stderr for one in done)
+            leave(max(one.returncode for one in done), output=output, error=error)
+        case ["gcloud", "compute", "tpus", "tpu-vm", "scp", *arguments]:
+            *sources, destination = [a for a in arguments if not a.startswith("--")]
+            (worker,) = flags(arguments, "worker")
             if worker != "all":
                 shutil.copy(WORKERS / f"w-{worker}" / sources[0].partition(":")[2], destination)
             for home in WORKERS.glob("*") if worker == "all" else ():
                 for source in sources:
                     shutil.copy(source, home / destination.partition(":")[2])
-        case ["storage", "rsync", "--recursive", _, destination, *_]:
+        case ["gcloud", "storage", "rsync", "--recursive", _, destination, *_]:
             (Path(destination) / "run.json").write_text("{}")
-        case _:
-            leave(2, error=f"unexpected: {arguments}\n")
-
-
-def ssh(command: str, homes: list[Path]) -> None:
-    if not homes:
-        leave(1, error="ERROR: there is no such TPU\n")
-    results = [bash(command, home) for home in homes]
-    if "tpu_worker.sh status" in command:
-        state["statuses"] += 1
-        if state["statuses"] >= plan.get("finish_after", sys.maxsize):
-            for home in homes:
-                make_worker(home.name)
-    output, error = ("".join(getattr(r, name) for r in results) for name in ("stdout", "stderr"))
-    leave(max(result.returncode for result in results), output=output, error=error)
-
-
-def xpk(arguments: list[str]) -> None:
-    match arguments[:2]:
-        case ["workload", "list"]:
+        case ["xpk", "workload", "list", *_]:
             leave(output="Jobset Name\n")
-        case ["workload", "delete"]:
-            state["exists"] = False
-        case ["workload", "create"]:
-            if state["exists"]:
+        case ["xpk", "workload", "delete", *_]:
+            world["exists"] = False
+        case ["xpk", "workload", "create", *arguments]:
+            if world["exists"]:
                 leave(1, error="already exists, XPK will not create this workload\n")
-            state.update(exists=True, jobset="StartupPolicyCompleted")
+            world.update(exists=True, jobset="StartupPolicyCompleted")
             shutil.rmtree(WORKERS / "pod", ignore_errors=True)
-            shutil.copytree(flag(arguments, "script-dir"), WORKERS / "pod")
-            files = [a.partition("=")[2] for a in arguments if a.startswith("--env-file=")]
-            names = [name for file in files for name in Path(file).read_text().split()]
+            (folder,) = flags(arguments, "script-dir")
+            shutil.copytree(folder, WORKERS / "pod")
+            files = map(Path, flags(arguments, "env-file"))
+            names = [name for file in files for name in file.read_text().split()]
+            (command,) = flags(arguments, "command")
             # As Kubernetes reads a container's command.
-            command = re.sub(r"\$\$|\$\(\w+\)", lambda m: m[0][:1], flag(arguments, "command"))
+            command = re.sub(r"\$\$|\$\(\w+\)", lambda m: m[0][:1], command)
             environment = {name: os.environ[name] for name in names}
             result = bash(f"({command})", make_worker("pod"), **environment)
             leave(output="" if result.returncode == 0 else result.stderr)
+        case ["kubectl", "get", "jobset", name, *_]:
+            leave(output=f"{name}:{world['jobset']}" if world["exists"] else "")
+        case ["kubectl", *_]:
+            pass
+        case ["sbatch", *arguments]:
+            script = next(i for i, a in enumerate(arguments) if a.endswith(".sbatch"))
+            spool = shutil.copy(arguments[script], FOLDER / "slurm_script")
+            job = {
+                "SLURM_JOB_ID": "17",
+                "SLURM_SUBMIT_DIR": os.getcwd(),
+                "SLURM_CPUS_ON_NODE": "24",
+            }
+            names = {"--nodes": "SLURM_JOB_NUM_NODES", "--gpus": "SLURM_GPUS_ON_NODE"}
+            for name, _, value in (option.partition("=") for option in arguments[:script]):
+                job[names[name]] = value
+            done = subprocess.run(["bash", spool, *arguments[script + 1 :]], env=os.environ | job)
+            leave(done.returncode)
+        case ["srun", *arguments]:
+            count = next(i for i, a in enumerate(arguments) if not a.startswith("--"))
+            for task in range(int(*flags(arguments[:count], "ntasks"))):
+                there = {"HOME": str(make_worker(f"task-{task}"))}
+                subprocess.run(arguments[count:], env=os.environ | there, check=True)
         case _:
-            leave(2, error=f"unexpected: {arguments}\n")
+            leave(2, error=f"unexpected: {call}\n")
 
 
-def kubectl(arguments: list[str]) -> None:
-    if arguments[:2] == ["get", "jobset"] and state["exists"]:
-        leave(output=f"{arguments[2]}:{state['jobset']}")
-
-
-def sbatch(arguments: list[str]) -> None:
-    script = next(i for i, a in enumerate(arguments) if a.endswith(".sbatch"))
-    spool = shutil.copy(arguments[script], FOLDER / "slurm_script")
-    job = {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": os.getcwd(), "SLURM_CPUS_ON_NODE": "24"}
-    names = {"--nodes": "SLURM_JOB_NUM_NODES", "--gpus": "SLURM_GPUS_ON_NODE"}
-    for option in arguments[:script]:
-        name, _, value = option.partition("=")
-        job[names[name]] = value
-    done = subprocess.run(["bash", spool, *arguments[script + 1 :]], env=os.environ | job)
-    leave(done.returncode)
-
-
-def srun(arguments: list[str]) -> None:
-    count = next(i for i, a in enumerate(arguments) if not a.startswith("--"))
-    options, command = arguments[:count], arguments[count:]
-    nodes, per_node = int(flag(options, "nodes")), int(flag(options, "ntasks-per-node"))
-    for task in range(nodes * per_node):
-        there = {"HOME": str(make_worker(f"task-{task}")), "SLURM_LOCALID": str(task % per_node)}
-        subprocess.run(command, env=os.environ | there, check=True)
-
-
-if __name__ == "__main__":
-    name, arguments = Path(sys.argv[0]).name, sys.argv[1:]
-    with (FOLDER / "calls.jsonl").open("a") as file:
-        file.write(json.dumps([name, *arguments]) + "\n")
-    plays = {"gcloud": gcloud, "xpk": xpk, "kubectl": kubectl, "sbatch": sbatch, "srun": srun}
-    plays[name](arguments)
-    leave()
+call = [Path(sys.argv[0]).name, *sys.argv[1:]]
+with (FOLDER / "calls.jsonl").open("a") as file:
+    file.write(json.dumps(call) + "\n")
+play(call)
+leave()
