@@ -64,6 +64,7 @@ def manifest(
     """
     checkpoint, before = inputs.checkpoint, inputs.found.manifest
     return {
+        **before,  # also what an older gradjax wrote there
         "settings": settings,
         "model": {
             "name": checkpoint.name,
