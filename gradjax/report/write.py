@@ -162,9 +162,10 @@ def _statistics(
 
 def _rows_by_status(directory: Path, runs: Sequence[RunValues]) -> Table:
     """`rows.csv`: how many rows of each run and group have each status."""
+    sizes = [run.examples.groupby(["group", "status"], sort=False).size() for run in runs]
     counts = [
-        run.examples.groupby(["group", "status"], sort=False).size().reset_index(name="rows")
-        for run in runs
+        size.reindex(run.groups, level="group").reset_index(name="rows")
+        for size, run in zip(sizes, runs, strict=True)
     ]
     frame = pd.concat([c.assign(run=str(r.directory)) for c, r in zip(counts, runs, strict=True)])
     frame = frame[["run", "group", "status", "rows"]]
