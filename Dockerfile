@@ -3,9 +3,9 @@
 #   docker build -t gradjax .                           for CPUs
 #   docker build -t gradjax --build-arg EXTRA=cuda .    for NVIDIA GPUs (docker run --gpus=all)
 #
-#   docker run --rm -v "$PWD:/work" --user "$(id -u):$(id -g)" gradjax spectra
+#   docker run --rm -v "$PWD:/data" --user "$(id -u):$(id -g)" gradjax spectra
 #
-# Files are read and written in the folder that is mounted at /work, where downloads are kept as well.
+# Files are read and written in the folder that is mounted at /data, where downloads are kept as well.
 FROM python:3.12-slim
 
 ARG EXTRA=""
@@ -17,9 +17,9 @@ COPY configs configs
 COPY launch launch
 RUN pip install --no-cache-dir ".[all${EXTRA:+,$EXTRA}]"
 
-RUN useradd --create-home --home-dir /work gradjax
+RUN useradd --create-home --home-dir /data gradjax
 USER gradjax
 # Whoever --user is has the same home.
-ENV HOME=/work
-WORKDIR /work
+ENV HOME=/data
+WORKDIR /data
 ENTRYPOINT ["gradjax"]

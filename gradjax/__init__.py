@@ -5,6 +5,7 @@ for result in gradjax.gradient_spectra(model, rows): ...
 run = gradjax.open_run("runs/demo")
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from gradjax.version import __version__ as __version__
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
         load_model,
         open_run,
     )
+
+# transformers would say at import that it misses PyTorch, which gradjax does not use.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
 

@@ -96,8 +96,6 @@ def start(
 
     def guarded(argv: list[str]) -> None:
         logging.get_absl_handler().python_handler.addFilter(_worth_saying)
-        # transformers would say at import that it misses PyTorch, which gradjax does not use.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             with _output():
                 main(argv)
