@@ -6,12 +6,14 @@ which says what model it was made from.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -74,6 +76,7 @@ def load_converted(
     Raises:
       GradjaxError: if arrays are missing, damaged or of other shapes than config.json's.
     """
+    _check_arrays(directory / _WEIGHTS, config)
     mesh = mesh or sharding.one_device()
     wanted = {
         path: jax.ShapeDtypeStruct(
@@ -107,16 +110,39 @@ def load_converted(
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # Orbax's default also keeps a table of the arrays. Where one of them cannot be read, the table
-    # is left half read, and Python complains of that much later (`... was never awaited`).
-    arrays = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None))
-    )
-    return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False, use_compression=False, type_handler_registry=arrays
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False))
+
+
+def _check_arrays(directory: Path, config: DecoderConfig) -> None:
+    """Raises GradjaxError unless every array is there, of its shape, and whole; names all faults.
+
+    Before anything is read: where Orbax fails at one array, it leaves the reads of the others
+    pending, and Python complains of each of them at some later time.
+    """
+    problems = []
+    for path, parameter in all_parameters(config).items():
+        folder, shape = directory / path, list(parameter.shape(config))
+        try:
+            about = json.loads((folder / ".zarray").read_bytes())
+            found, chunks, dtype = about["shape"], about["chunks"], jnp.dtype(about["dtype"])
+            if found != shape:
+                problems.append(f"{path} is {found}, by config.json {shape}")
+                continue
+            counts = [-(-size // chunk) for size, chunk in zip(shape, chunks, strict=True)]
+            size = math.prod(chunks) * dtype.itemsize  # also of chunks at the edge
+            for chunk in np.ndindex(*counts):
+                file = folder / ".".join(map(str, chunk))
+                if (there := file.stat().st_size) != size:
+                    problems.append(f"{path} has {there} of {size} bytes")
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            problems.append(f"{path} cannot be read ({first_line(error)})")
+    if problems:
+        raise GradjaxError(
+            f"{directory} is damaged: {'; '.join(problems)}: expected the arrays of config.json as "
+            "gradjax convert writes them; convert the model again"
         )
-    )
 
 
 def _leaf(decoder: Decoder, path: str) -> jax.Array:
