@@ -2,9 +2,13 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+
+from gradjax.errors import GradjaxError, out_of_memory
 
 _agreed: int | None = None
 
@@ -23,10 +27,29 @@ def device_memory() -> int:
     return host // jax.local_device_count()
 
 
+@contextmanager
+def memory_faults(size: int, length: int, remedy: str) -> Iterator[None]:
+    """Says in one sentence that a batch of so many rows and tokens does not fit, and the remedy."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise GradjaxError(
+            f"a batch of {size} rows of {length} tokens does not fit the "
+            f"{device_memory() / 2**30:.0f} GiB of this device; {remedy}"
+        ) from error
+
+
 def agree_on_memory(size: int) -> None:
     """From now on devices count as of `size` bytes: plans of several processes must be equal."""
     global _agreed
     _agreed = size
+
+
+def cache_directory() -> Path:
+    """What gradjax keeps on this machine for later: `$XDG_CACHE_HOME/gradjax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradjax"
 
 
 def keep_compiled_programs() -> None:
@@ -35,9 +58,8 @@ def keep_compiled_programs() -> None:
     In `$XDG_CACHE_HOME/gradjax` (`~/.cache/gradjax`); removing it does no harm.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # Programs for one CPU may not run on another that shares the home directory.
-        jax.config.update("jax_compilation_cache_dir", str(cache / "gradjax" / platform.node()))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / platform.node()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -97,8 +97,8 @@ def test_arrays_of_zeros_are_there(tmp_path):
 def test_killed_conversion_is_not_taken(tmp_path):
     source = save_checkpoint(make_hf_model("qwen2", seed=5), tmp_path / "source")
     output = tmp_path / "converted"
-    code = "import sys, time; from gradjax.checkpoints import orbax\n"
-    code += "orbax._leaf = lambda *_: time.sleep(60)\n"
+    code = "import sys, time; from gradjax.model.decoder import Decoder\n"
+    code += "Decoder.weight = lambda *_: time.sleep(60)\n"
     code += "from gradjax.checkpoints.pretrained import convert; convert(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(source), str(output)]
     process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"})

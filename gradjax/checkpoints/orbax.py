@@ -41,7 +41,7 @@ def write_converted(
     for file in source.iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in file.name:
             shutil.copyfile(file, directory / file.name)
-    weights = {path: _leaf(decoder, path) for path in all_parameters(decoder.config)}
+    weights = {path: decoder.weight(path) for path in all_parameters(decoder.config)}
     with _checkpointer() as checkpointer:
         checkpointer.save(directory.absolute() / _WEIGHTS, weights)
     text = json.dumps({"gradjax": __version__, **origin}, indent=2)
@@ -143,10 +143,3 @@ def _check_arrays(directory: Path, config: DecoderConfig) -> None:
             f"{directory} is damaged: {'; '.join(problems)}: expected the arrays of config.json as "
             "gradjax convert writes them; convert the model again"
         )
-
-
-def _leaf(decoder: Decoder, path: str) -> jax.Array:
-    """The array at a path of the weight table."""
-    first, *rest = path.split(".")
-    owner = decoder.blocks[int(rest[0])] if rest else decoder
-    return getattr(owner, rest[1] if rest else first)[...]

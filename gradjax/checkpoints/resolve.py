@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 import re
 import tempfile
 from contextlib import suppress
@@ -18,6 +17,7 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gradjax.checkpoints.orbax import ORIGIN, read_origin
+from gradjax.device import cache_directory
 from gradjax.errors import GradjaxError, did_you_mean, first_line
 from gradjax.storage.filesystem import url_to_fs
 
@@ -136,9 +136,8 @@ def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpo
     try:
         filesystem, path = url_to_fs(url)
         origin = filesystem.cat_file(f"{path}/{ORIGIN}")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradjax"
         key = hashlib.sha256(url.encode() + origin).hexdigest()[:16]
-        directory = cache / ("models" if weights else "configs") / key
+        directory = cache_directory() / ("models" if weights else "configs") / key
         if not directory.exists():
             directory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:

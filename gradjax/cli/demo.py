@@ -4,7 +4,7 @@ from absl import flags
 
 from gradjax.cli.command import Command
 from gradjax.config import RunConfig, TokenConfig, as_directory
-from gradjax.errors import missing_extra
+from gradjax.errors import GradjaxError, extras
 
 FLAGS = flags.FlagValues()
 TARGET_TOKENS = 5  # the shortest responses of the example have no more
@@ -33,10 +33,9 @@ def main() -> None:
     )
     print(format_table(group_means(whole)))
     try:
-        from gradjax.report.write import ReportConfig, write_report
-    except ImportError as error:
-        if not (missing := missing_extra(error)):
-            raise
+        with extras():
+            from gradjax.report.write import ReportConfig, write_report
+    except GradjaxError as missing:
         print(f"\nNo report: {missing}\n\nThe runs are in {whole} and {equal}")
         return
     config = ReportConfig(runs=(str(whole),), equal_length_runs=(str(equal),))

@@ -7,7 +7,7 @@ from absl import flags
 
 from gradjax import config
 from gradjax.cli.command import Command, command_line
-from gradjax.errors import GradjaxError, missing_extra
+from gradjax.errors import GradjaxError, extras
 from gradjax.structs import PROJECTIONS
 
 FLAGS = flags.FlagValues()
@@ -148,10 +148,9 @@ def compared(directory: str | Path, high: str, low: str) -> str:
     Where what this takes is not installed, how to install it.
     """
     try:
-        from gradjax.report.compare import compare, format_gaps, sentence
-    except ImportError as error:
-        if not (missing := missing_extra(error)):
-            raise
+        with extras():
+            from gradjax.report.compare import compare, format_gaps, sentence
+    except GradjaxError as missing:
         return f"The groups are not compared: {missing}"
     from gradjax.storage.results import read_values
 

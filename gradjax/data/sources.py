@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import pyarrow.parquet
 
@@ -133,6 +134,11 @@ def data_hash(rows: Iterable[object]) -> str:
     for row in rows:
         digest.update(row_hash(row).encode("ascii"))
     return digest.hexdigest()[:32]
+
+
+def describe_rows(source: Source, rows: Sequence[object]) -> dict[str, Any]:
+    """What a manifest says of a group: source, number of rows and hash."""
+    return {"source": source.absolute, "rows": len(rows), "hash": data_hash(rows)}
 
 
 def _rows(source: Source, limit: int | None) -> Iterable[object]:

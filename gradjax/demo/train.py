@@ -170,7 +170,7 @@ def train(recipe: Recipe, checkpoint_dir: Path) -> tuple[Decoder, Tokenizer, dic
     config = recipe.decoder_config(tokenizer.get_vocab_size())
     optimizer = recipe.optimizer()
     initial = random_decoder(config, recipe.seed)
-    weights = {path: _weight(initial, path) for path in all_parameters(config)}
+    weights = {path: initial.weight(path) for path in all_parameters(config)}
     state = {
         "weights": weights,
         "optimizer": optimizer.init(weights),
@@ -223,12 +223,6 @@ def _claim(checkpoint_dir: Path, recipe: Recipe) -> None:
         )
 
 
-def _weight(model: Decoder, path: str) -> Array:
-    """A weight by its path in the weight table."""
-    *block, name = path.split(".")
-    return getattr(model.blocks[int(block[1])] if block else model, name)[...]
-
-
 def save_model(model: Decoder, tokenizer: Tokenizer, directory: Path) -> None:
     """Write a Hugging Face checkpoint in float32, as `transformers` and gradjax read it."""
     config = model.config
@@ -256,7 +250,7 @@ def save_model(model: Decoder, tokenizer: Tokenizer, directory: Path) -> None:
         },
     )
     tensors = {
-        parameter.hf_key: np.asarray(_weight(model, path), np.float32)
+        parameter.hf_key: np.asarray(model.weight(path), np.float32)
         for path, parameter in all_parameters(config).items()
     }
     serialized = safetensors.numpy.save(tensors, metadata={"format": "pt"})

@@ -72,6 +72,11 @@ class Decoder(nnx.Module):
             ]
         )
 
+    def weight(self, path: str) -> Array:
+        """The weight at a path of the weight table."""
+        *block, name = path.split(".")
+        return getattr(self.blocks[int(block[1])] if block else self, name)[...]
+
     @property
     def output_table(self) -> Float[Array, "V D"]:
         """The output head's weights: the embedding table where they are tied."""

@@ -1,15 +1,14 @@
 """Tokenized examples -> results, batch by batch: the loop inside `gradient_spectra` and `main`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import jax
 from jax.sharding import Mesh
 
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec, make_batch
-from gradjax.device import device_memory
-from gradjax.errors import GradjaxError, out_of_memory
+from gradjax.device import device_memory, memory_faults
 from gradjax.gradients.factored import activation_bytes
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
@@ -101,19 +100,9 @@ def _result(tokenized: TokenizedExample, row: RowSpectra) -> ExampleResult:
     )
 
 
-@contextmanager
-def _memory_faults(spec: BatchSpec) -> Iterator[None]:
-    """Says what to do about a batch that does not fit; other faults pass."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        remedy = "--batch_tokens" if spec.size > 1 else "--max_length, or choose --dtype=bfloat16"
-        raise GradjaxError(
-            f"a batch of {spec.size} rows of {spec.length} tokens does not fit the "
-            f"{device_memory() / 2**30:.0f} GiB of this device; lower {remedy}"
-        ) from error
+def _memory_faults(spec: BatchSpec) -> AbstractContextManager[None]:
+    lower = "--batch_tokens" if spec.size > 1 else "--max_length, or choose --dtype=bfloat16"
+    return memory_faults(spec.size, spec.length, f"lower {lower}")
 
 
 def _dense_chunk(config: DecoderConfig, spec: BatchSpec, devices: int, itemsize: int) -> int:

@@ -16,7 +16,7 @@ from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.resolve import DEMO, Checkpoint, load_tokenizer, resolve
 from gradjax.config import RunConfig
 from gradjax.data.examples import to_example
-from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
+from gradjax.data.sources import Source, describe_rows, parse_data_flags, read_rows
 from gradjax.data.tokens import check_tokenizer, check_vocabulary, describe, tokenize
 from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
@@ -60,11 +60,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     tokenized = []
     for source in sources:
         source_rows = read_rows(source, config.limit)
-        data[source.group] = {
-            "source": source.absolute,
-            "rows": len(source_rows),
-            "hash": data_hash(source_rows),
-        }
+        data[source.group] = describe_rows(source, source_rows)
         for number, row in enumerate(source_rows):
             example = to_example(row, source.group, number)
             before = found.finished.get((source.group, number))

@@ -1,8 +1,8 @@
 """Language models as judges of text: mean losses of token sequences, forward passes only."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.pretrained import load_weights
 from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenizer, resolve
 from gradjax.data.batches import BatchSpec, batch_by_length, make_batch
-from gradjax.device import default_batch_tokens, device_memory
-from gradjax.errors import GradjaxError, out_of_memory
+from gradjax.device import default_batch_tokens, memory_faults
+from gradjax.errors import GradjaxError
 from gradjax.gradients.factored import HEAD_CHUNK
 from gradjax.model import decoder, gpt2
 from gradjax.structs import TokenBatch, TokenizedExample
@@ -140,7 +140,7 @@ def _batch_means(model: LanguageModel, batch: TokenBatch) -> np.ndarray:
     # The states at `before` predict the token after; losses are summed row by row.
     slots, before = np.nonzero(batch.targets[:, 1:])
     labels = batch.tokens[slots, before + 1]
-    with memory_faults(batch, model.name):
+    with batch_faults(batch):
         states = np.asarray(model.hidden_states(jnp.asarray(batch.tokens)))[slots, before]
         losses = [
             _token_losses(model.project_logits, model.head, *chunk)
@@ -150,20 +150,10 @@ def _batch_means(model: LanguageModel, batch: TokenBatch) -> np.ndarray:
     return total / np.bincount(slots)
 
 
-@contextmanager
-def memory_faults(batch: TokenBatch, name: str) -> Iterator[None]:
-    """Says in one sentence that a batch does not fit beside the model called `name`."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        size, length = batch.tokens.shape
-        raise GradjaxError(
-            f"a batch of {size} rows of {length} tokens does not fit the "
-            f"{device_memory() / 2**30:.0f} GiB of this device beside {name}: leave long rows out, "
-            "or use a smaller model."
-        ) from error
+def batch_faults(batch: TokenBatch) -> AbstractContextManager[None]:
+    """Says what to do about a batch that does not fit beside the model."""
+    size, length = batch.tokens.shape
+    return memory_faults(size, length, "leave long rows out, or use a smaller model")
 
 
 def _chunks(array: np.ndarray) -> np.ndarray:

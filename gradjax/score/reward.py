@@ -26,7 +26,7 @@ from gradjax.data.tokens import check_vocabulary, tokenize_conversation
 from gradjax.errors import GradjaxError
 from gradjax.model.decoder import Decoder, hidden_states, project_logits
 from gradjax.score.config import Score
-from gradjax.score.language_model import memory_faults, recurring_batches
+from gradjax.score.language_model import batch_faults, recurring_batches
 from gradjax.structs import Example, TokenBatch, TokenizedExample
 
 _PROBE = to_example({"instruction": "question", "output": "answer"}, group="", example_id=0)
@@ -91,7 +91,7 @@ def score_reward(model: RewardModel, examples: Sequence[Example]) -> list[Score]
     rows = [tokenized[i] for i in usable]
     for spec in recurring_batches([row.num_tokens for row in rows]):
         batch = make_batch(spec, rows)
-        with memory_faults(batch, "the reward model"):
+        with batch_faults(batch):
             rewards = _batch_rewards(model.decoder, batch)
         for row, reward in zip(spec.rows, rewards.tolist(), strict=False):  # filler comes last
             scores[usable[row]] = _score(reward)

@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from gradjax.data.examples import to_example
-from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows
+from gradjax.data.sources import Source, describe_rows, parse_data_flags, read_rows
 from gradjax.device import keep_compiled_programs
 from gradjax.errors import GradjaxError
 from gradjax.score.batch_api import batch_lines, read_batch_results, write_batch
@@ -133,11 +133,7 @@ def read_examples(config: ScoreConfig) -> tuple[list[Example], dict[str, dict[st
     examples, data = [], {}
     for source, limit in _sources(config):
         rows = read_rows(source, limit)
-        data[source.group] = {
-            "source": source.absolute,
-            "rows": len(rows),
-            "hash": data_hash(rows),
-        }
+        data[source.group] = describe_rows(source, rows)
         examples += [to_example(row, source.group, number) for number, row in enumerate(rows)]
     return examples, data
 
