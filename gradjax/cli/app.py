@@ -13,7 +13,7 @@ from absl import app, logging
 
 from gradjax.cli import convert, demo, export, prepare, report, score, select, spectra
 from gradjax.cli.command import Command, help_text, parse_flags
-from gradjax.errors import GradjaxError, did_you_mean, missing_extra
+from gradjax.errors import GradjaxError, did_you_mean, extras
 from gradjax.version import __version__
 
 _MODULES = (spectra, score, select, report, prepare, convert, export, demo)
@@ -97,14 +97,10 @@ def start(
     def guarded(argv: list[str]) -> None:
         logging.get_absl_handler().python_handler.addFilter(_worth_saying)
         try:
-            with _output():
+            with _output(), extras():
                 main(argv)
         except GradjaxError as error:
             sys.exit(f"gradjax: {error}")
-        except ImportError as error:
-            if not (missing := missing_extra(error)):
-                raise
-            sys.exit(f"gradjax: {missing}")
         except KeyboardInterrupt:
             sys.exit(
                 "gradjax: stopped; finished work is kept, the same command goes on "
