@@ -123,7 +123,7 @@ def _way_measurer(way: str, dtype: str) -> Callable[[Record], Record]:
 
     from benchmarks import ways
     from benchmarks.profiles import profile
-    from gradjax.device import default_batch_tokens
+    from gradjax.device import local_device
     from gradjax.model.decoder import Decoder, random_decoder
     from gradjax.structs import TokenBatch
 
@@ -143,7 +143,7 @@ def _way_measurer(way: str, dtype: str) -> Callable[[Record], Record]:
     def measure(cell: Record) -> Record:
         decoder, held = weights()
         tokens = cell["tokens"]
-        rows = values.rows or max(default_batch_tokens() // tokens, 1)
+        rows = values.rows or max(local_device().batch_tokens // tokens, 1)
         repeats = values.repeats
         if way == "dense":
             rows, repeats = 1, 1

@@ -23,7 +23,7 @@ def needed(model: DecoderConfig, itemsize: int, devices: int) -> Memory:
     batch = BatchSpec(tuple(range(devices)), TOKENS, devices)
     mesh = parse_mesh(f"fsdp:{devices}")
     config = SpectraConfig()
-    return batch_memory(model, config, batch, itemsize, mesh, keep_activations=False, on_host=False)
+    return batch_memory(model, config, batch, itemsize, mesh, "gpu", keep_activations=False)
 
 
 def fewest_devices(model: DecoderConfig, itemsize: int, gigabytes: int) -> str:

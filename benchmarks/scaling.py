@@ -23,6 +23,7 @@ from random import Random
 from gradjax.checkpoints.pretrained import load_model
 from gradjax.config import RunConfig
 from gradjax.data.word_problems import random_problem
+from gradjax.device import local_device
 from gradjax.runs import run as run_module
 from gradjax.runs.compute import compute_results
 from gradjax.runs.inputs import read_inputs
@@ -47,10 +48,11 @@ def timed_run(data: str, store: str) -> dict[str, float]:
     """Runs with everything compiled, and says what it took."""
     config = RunConfig(data=(data,), output_dir=store)
     inputs = read_inputs(config)
-    batches = lay_out(config, inputs, devices=1).batches
+    batches = lay_out(config, inputs, local_device(), 1).batches
     shapes = {(batch.size, batch.length): batch for batch in batches}
     decoder = load_model(config.model).decoder
-    list(compute_results(decoder, inputs.tokenized, config.spectra, list(shapes.values())))
+    specs, device = list(shapes.values()), local_device()
+    list(compute_results(decoder, inputs.tokenized, config.spectra, specs, device))
     tokens = sum(example.num_tokens for example in inputs.tokenized)
     del inputs, batches, shapes, decoder
     seconds = []

@@ -121,6 +121,7 @@ def torch_way(shape: Shape, length: int, whole_svd: bool) -> Callable[[], Any]:
 def gradjax_way(shape: Shape, length: int, spectrum: str) -> Callable[[], Any]:
     """`compute_results` on one row: everything that `gradjax spectra` measures."""
     from gradjax.config import SpectraConfig
+    from gradjax.device import local_device
     from gradjax.runs.compute import compute_results
     from gradjax.runs.layout import batch_rows
     from gradjax.structs import Example, TokenizedExample
@@ -129,8 +130,9 @@ def gradjax_way(shape: Shape, length: int, spectrum: str) -> Callable[[], Any]:
     tokens, targets = row(shape, length)
     tokenized = [TokenizedExample(Example("row", 0, ""), tokens[0], targets[0])]
     config = SpectraConfig(spectrum=spectrum)  # pyright: ignore[reportArgumentType]
-    plans = batch_rows(tokenized, config, decoder.config)
-    return lambda: list(compute_results(decoder, tokenized, config, plans))
+    device = local_device()
+    plans = batch_rows(tokenized, config, decoder.config, device)
+    return lambda: list(compute_results(decoder, tokenized, config, plans, device))
 
 
 def floor_way(shape: Shape, length: int) -> Callable[[], Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.memory import PeakMemory, anonymous_memory
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
+from gradjax.device import local_device
 from gradjax.gradients.causality import Contributing
 from gradjax.gradients.factored import attention_gradients
 from gradjax.model import decoder as model
@@ -63,7 +64,8 @@ def settings(
     rows, length = batch.tokens.shape
     plan, config = BatchSpec(batch.rows, length, rows), decoder.config
     itemsize = decoder.embedding.dtype.itemsize
-    _, keep = fitting_memory(config, SpectraConfig(), plan, itemsize, dict(decoder.mesh.shape))
+    sizes = dict(decoder.mesh.shape)
+    _, keep = fitting_memory(config, SpectraConfig(), plan, itemsize, sizes, local_device())
     every = tuple(range(config.num_layers))
     return BatchConfig(every, PROJECTIONS, "adjacent", decompose, keep)
 

@@ -13,9 +13,11 @@ from gradjax.checkpoints.pretrained import Model, load_model
 from gradjax.config import SpectraConfig, TokenConfig, as_directory, select
 from gradjax.data.examples import to_example
 from gradjax.data.tokens import check_tokenizer, check_vocabulary, tokenize
+from gradjax.device import local_device
 from gradjax.errors import GradjaxError, extras
 from gradjax.runs.compute import compute_results
 from gradjax.runs.layout import batch_rows
+from gradjax.spectra.decompose import resolved_route
 from gradjax.storage.store import read_manifest, read_table
 from gradjax.structs import ExampleResult
 
@@ -53,6 +55,8 @@ def gradient_spectra(
     tokens, spectra = select(TokenConfig, settings), select(SpectraConfig, settings)
     if unknown := settings.keys() - vars(tokens).keys() - vars(spectra).keys():
         raise TypeError(f"gradient_spectra has no setting {', '.join(sorted(unknown))}")
+    device = local_device()
+    resolved_route(spectra, device.platform)  # refused before anything is computed
     check_tokenizer(model.tokenizer, tokens)
     tokenized = [
         tokenize(to_example(row, "", number), model.tokenizer, tokens)
@@ -61,8 +65,9 @@ def gradient_spectra(
     check_vocabulary(tokenized, model.config.vocab_size)
     spectra.layer_numbers(model.config.num_layers)
     unusable = (ExampleResult(t, t.status, t.reason) for t in tokenized if t.status != "ok")
-    plans = batch_rows(tokenized, spectra, model.config, batch_tokens, model.decoder.mesh.size)
-    batches = compute_results(model.decoder, tokenized, spectra, plans)
+    devices = model.decoder.mesh.size
+    plans = batch_rows(tokenized, spectra, model.config, device, batch_tokens, devices)
+    batches = compute_results(model.decoder, tokenized, spectra, plans, device)
     return itertools.chain(unusable, itertools.chain.from_iterable(batches))
 
 

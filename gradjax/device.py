@@ -1,8 +1,10 @@
-"""What the devices offer."""
+"""What the devices offer: those of this machine, and those that a run is planned for."""
 
+import dataclasses
 import os
 import platform
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,21 +12,83 @@ import jax
 
 from gradjax.errors import GradjaxError, out_of_memory
 
-_agreed: int | None = None
+# Tokens per batch: enough to fill the device's matrix units, little enough for its memory.
+_BATCH_TOKENS = {"cpu": 2048}
+_ACCELERATOR_BATCH_TOKENS = 16384
 
 
-def device_memory() -> int:
-    """Bytes of one device's memory; the host's, shared out, where the devices are CPUs.
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The kind of device that a run goes on; all of its devices are of one kind."""
 
-    Where several processes have agreed on a number, that one.
-    """
-    if _agreed is not None:
-        return _agreed
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"]
+    kind: str  # v5e; as JAX names it where it is at hand
+    platform: str  # cpu, gpu or tpu
+    memory: int  # bytes that JAX may use
+    # FLOP/s of matrix products at their peak, by dtype; None: to be measured, the device is here
+    peaks: Mapping[str, float] | None = None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens per batch and device, if the user names none."""
+        return _BATCH_TOKENS.get(self.platform, _ACCELERATOR_BATCH_TOKENS)
+
+
+def local_device() -> Device:
+    """The kind of this machine's devices; CPUs have equal shares of the host's memory."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return host // jax.local_device_count()
+    memory = stats.get("bytes_limit", host // jax.local_device_count())
+    return Device(device.device_kind, device.platform, memory)
+
+
+def _tpu(kind: str, gibibytes: float, bfloat16: float) -> Device:
+    # Six products of bfloat16 make one of float32: the precision that gradjax asks for.
+    peaks = {"float32": bfloat16 / 6, "bfloat16": bfloat16}
+    return Device(kind, "tpu", int(gibibytes * 2**30), peaks)
+
+
+def _gpu(kind: str, gigabytes: float, float64: float, float32: float, bfloat16: float) -> Device:
+    # JAX takes three quarters of a GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    peaks = {"float64": float64, "float32": float32, "bfloat16": bfloat16}
+    return Device(kind, "gpu", int(0.75 * gigabytes * 1e9), peaks)
+
+
+# Memory of TPUs is what their compiler allows a program ("exceeds available HBM"); their peaks are
+# of cloud.google.com/tpu/docs/system-architecture-tpu-vm, GPUs' figures of NVIDIA's data sheets
+# (SXM, dense; float64 on tensor cores).
+_DEVICES = {
+    device.kind: device
+    for device in (
+        _tpu("v4", 30.75, 275e12),
+        _tpu("v5e", 15.75, 197e12),
+        _tpu("v5p", 95.74, 459e12),
+        _tpu("v6e", 31.25, 918e12),
+        _gpu("a100", 80, 19.5e12, 19.5e12, 312e12),
+        _gpu("h100", 80, 67e12, 67e12, 989e12),
+        _gpu("h200", 141, 67e12, 67e12, 989e12),
+    )
+}
+# The N of these names counts cores, of which a chip, one device, has two.
+_NAMED_BY_CORES = ("v4", "v5p")
+
+
+def parse_topology(text: str) -> tuple[Device, int]:
+    """`v5e-16`, `h100-8`: a kind of device and their number, named as clouds name them.
+
+    Raises:
+      GradjaxError: if the text is not of this form, or the kind is unknown.
+    """
+    parts = re.fullmatch(r"([a-z0-9]+)-([1-9]\d*)", text.lower().replace("v5litepod", "v5e"))
+    kind, count = (parts[1], int(parts[2])) if parts else ("", 0)
+    cores = 2 if kind in _NAMED_BY_CORES else 1
+    if kind not in _DEVICES or count % cores:
+        raise GradjaxError(
+            f"--topology={text}: expected KIND-N as in v5e-16 or h100-8, KIND one of "
+            f"{', '.join(_DEVICES)}, N even for {' and '.join(_NAMED_BY_CORES)}, whose chips have "
+            "two cores"
+        )
+    return _DEVICES[kind], count // cores
 
 
 @contextmanager
@@ -37,14 +101,8 @@ def memory_faults(size: int, length: int, remedy: str) -> Iterator[None]:
             raise
         raise GradjaxError(
             f"a batch of {size} rows of {length} tokens does not fit the "
-            f"{device_memory() / 2**30:.0f} GiB of this device; {remedy}"
+            f"{local_device().memory / 2**30:.0f} GiB of this device; {remedy}"
         ) from error
-
-
-def agree_on_memory(size: int) -> None:
-    """From now on devices count as of `size` bytes: plans of several processes must be equal."""
-    global _agreed
-    _agreed = size
 
 
 def cache_directory() -> Path:
@@ -61,15 +119,3 @@ def keep_compiled_programs() -> None:
         # Programs for one CPU may not run on another that shares the home directory.
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / platform.node()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-# Tokens per batch: enough to fill the device's matrix units, little enough for its memory.
-_BATCH_TOKENS = {"cpu": 2048}
-
-
-_ACCELERATOR_BATCH_TOKENS = 16384
-
-
-def default_batch_tokens() -> int:
-    """Padded tokens per batch and device on this backend."""
-    return _BATCH_TOKENS.get(jax.default_backend(), _ACCELERATOR_BATCH_TOKENS)

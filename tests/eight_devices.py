@@ -8,7 +8,6 @@ import subprocess
 import sys
 from logging import StreamHandler
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +16,15 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Compiled
 
+from benchmarks.programs import PER_EXAMPLE, programs
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.orbax import load_converted
+from gradjax.checkpoints.resolve import DEMO, resolve
 from gradjax.checkpoints.safetensors import load_decoder
-from gradjax.gradients.factored import mask_factors
 from gradjax.model.parallel import log_unsplit
 from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, make_mesh, one_device
-from gradjax.spectra import measures
 from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra
-from gradjax.spectra.decompose import decomposer, device_values
+from gradjax.spectra.decompose import decomposer
 from gradjax.structs import PROJECTIONS, Factors, TokenBatch
 
 ROOT = Path(__file__).parent.parent
@@ -113,32 +112,31 @@ def read_program(compiled: Compiled) -> dict[str, list[str]]:
 
 def compiled_collectives() -> dict:
     """What the per-example programs compile to, for 16 examples."""
-    batch, tokens, width, narrow = 16, 13, 24, 16
-    widths = {"x_qkv": width, "x_o": width, "q": width, "k": narrow, "v": narrow, "o": width}
+    config = read_config(resolve(DEMO).directory)
     found = {}
     for split in ([8, 1, 1], [1, 8, 1], [1, 1, 8], [2, 2, 2]):
-        mesh = mesh_of(split)
-
-        def array(*shape: int, dtype=jnp.float32, mesh=mesh) -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, EXAMPLES))
-
-        factors = Factors(**{name: array(batch, tokens, w) for name, w in widths.items()})
-        for route in ("gram", "qr"):
-            with jax.enable_x64(route == "gram"):
-                lowered = device_values.lower(mesh, route, PROJECTIONS, factors)
-            found[f"{route} {tuple(split)}"] = read_program(lowered.compile())
-
-        def measure(factors: Factors, contributing: dict):
-            factors = mask_factors(factors, contributing)
-            gradients, scales = measures.form_gradients(factors, PROJECTIONS)
-            cosine = measures.cosine(gradients["q"], gradients["o"])
-            return cosine, measures.entry_measures(gradients, scales)
-
-        masks = {p: array(batch, tokens, dtype=jnp.bool_) for p in PROJECTIONS}
-        compiled = jax.jit(measure).lower(factors, masks).compile()
-        found[f"measures {tuple(split)}"] = read_program(compiled)
+        ours = programs(config, mesh_of(split), rows=16, length=13)
+        for name in (*PER_EXAMPLE, "spectra_gram", "spectra_qr"):
+            found[f"{name} {tuple(split)}"] = read_program(ours[name].lower().compile())
+    mesh = mesh_of([2, 2, 2])
     total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, EVERYWHERE))
-    found["control"] = read_program(total.lower(array(batch)).compile())
+    array = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=NamedSharding(mesh, EXAMPLES))
+    found["control"] = read_program(total.lower(array).compile())
+    return found
+
+
+def lowered_programs() -> dict:
+    """Every program of the embedded model for TPUs and GPUs: its fault, else if it has float64."""
+    config = read_config(resolve(DEMO).directory)
+    found = {}
+    for mesh in (one_device(), mesh_of([2, 2, 2])):
+        for platform, compiler in (("tpu", "tpu"), ("gpu", "cuda")):
+            for name, program in programs(config, mesh, 8, 64, platform=platform).items():
+                try:
+                    said = "xf64>" in program.lower(compiler).as_text()
+                except Exception as error:
+                    said = f"{type(error).__name__}: {error}"[:500]
+                found[f"{platform} {mesh.size} {name}"] = said
     return found
 
 

@@ -1,15 +1,16 @@
 """What a plan says, against what compiled programs and a real run hold."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.programs import abstract_decoder, programs
 from gradjax.config import RunConfig, SpectraConfig, TokenConfig
 from gradjax.data.batches import BatchSpec
+from gradjax.device import Device, parse_topology
 from gradjax.errors import GradjaxError
 from gradjax.gradients import factored
 from gradjax.model.config import DecoderConfig, qwen2_config
@@ -18,9 +19,7 @@ from gradjax.runs import cost
 from gradjax.runs.cost import batch_flops, batch_memory, spectra_flops
 from gradjax.runs.run import print_plan, run
 from gradjax.sharding import one_device, parse_mesh
-from gradjax.spectra import measures
 from gradjax.spectra.batch import LAYERS_AHEAD
-from gradjax.structs import PROJECTIONS
 
 ALONE = parse_mesh("data:1")
 
@@ -37,37 +36,23 @@ def nbytes(tree) -> int:
 
 def compiled_bytes(model: DecoderConfig, rows: int, length: int, *, keep: bool) -> dict[str, int]:
     """The parts of a plan's memory, from the memory analysis of the compiled programs."""
-    mesh = one_device()
-    decoder = jax.eval_shape(lambda: random_decoder(model, 0, jnp.float32, mesh))
-    block = decoder.blocks[0]
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    x, rope = array(rows, length, model.hidden_size), array(2, length, model.head_dim // 2)
-    rest = (rope, array(dtype=jnp.int32))
-    tokens, targets = array(rows, length, dtype=jnp.int32), array(rows, length, dtype=jnp.bool_)
-    table, final = array(model.vocab_size, model.hidden_size), array(model.hidden_size)
-
-    def shapes(function, *arguments):
-        return jax.eval_shape(lambda *arrays: function(mesh, model, *arrays), *arguments)
-
-    def memory(function, *arguments) -> Any:
-        return function.lower(*arguments).compile().memory_analysis()
-
-    _, kept = shapes(factored._block_forward, block, x, *rest)
-    _, factors = shapes(factored._block_backward, block, kept, x, *rest)
-    backward = memory(factored._block_backward, mesh, model, block, kept, x, *rest)
-    head = memory(factored._head_gradient, mesh, model, final, table, x, tokens, targets)
-    forming = memory(measures.form_gradients, factors, PROJECTIONS)
+    found = programs(model, one_device(), rows, length)
+    memory = {
+        name: found[name].lower().compile().memory_analysis()
+        for name in ("head", "block_backward", "form_gradients")
+    }
+    _, _, _, kept, x, *_ = found["block_backward"].arguments
+    factors, _ = found["form_gradients"].arguments
     again = 0 if keep else nbytes(kept)
+    head = memory["head"]
     return {
-        "weights": nbytes(decoder),
+        "weights": nbytes(abstract_decoder(model, one_device(), jnp.float32)),
         "block_inputs": model.num_layers * (nbytes(kept) if keep else nbytes(x)),
-        "factors": (LAYERS_AHEAD + 1) * nbytes(factors) + 2 * forming.output_size_in_bytes,
+        "factors": (LAYERS_AHEAD + 1) * nbytes(factors)
+        + 2 * memory["form_gradients"].output_size_in_bytes,
         "workspace": max(
             head.temp_size_in_bytes + head.output_size_in_bytes + nbytes(x),
-            again + backward.temp_size_in_bytes + 2 * nbytes(x),
+            again + memory["block_backward"].temp_size_in_bytes + 2 * nbytes(x),
         ),
     }
 
@@ -78,7 +63,7 @@ def test_memory_is_what_the_compiled_programs_hold(rows, length, keep):
     model = make_config(num_layers=7)
     batch = BatchSpec(tuple(range(rows)), length, rows)
     config = SpectraConfig()
-    found = batch_memory(model, config, batch, 4, ALONE, keep_activations=keep)
+    found = batch_memory(model, config, batch, 4, ALONE, "cpu", keep_activations=keep)
     compiled = compiled_bytes(model, rows, length, keep=keep)
     assert found.total == pytest.approx(sum(compiled.values()), rel=0.15)
     for part, expected in compiled.items():
@@ -97,6 +82,7 @@ def test_memory_grows_with_depth_by_the_block_inputs_alone():
             BatchSpec((0, 1), length, rows),
             4,
             ALONE,
+            "cpu",
             keep_activations=False,
         )
         assert planned.total == pytest.approx(sum(found.values()), rel=0.15)
@@ -128,9 +114,13 @@ def test_live_arrays_during_the_backward_pass_are_block_inputs_and_one_block(num
 def test_mesh_splits_weights_and_rows():
     model, config = make_config(3), SpectraConfig()
     batch = BatchSpec(tuple(range(8)), 256, 8)
-    alone = batch_memory(model, config, batch, 4, ALONE, keep_activations=False)
-    data = batch_memory(model, config, batch, 4, parse_mesh("data:8"), keep_activations=False)
-    fsdp = batch_memory(model, config, batch, 4, parse_mesh("fsdp:8"), keep_activations=False)
+    alone = batch_memory(model, config, batch, 4, ALONE, "cpu", keep_activations=False)
+    data = batch_memory(
+        model, config, batch, 4, parse_mesh("data:8"), "cpu", keep_activations=False
+    )
+    fsdp = batch_memory(
+        model, config, batch, 4, parse_mesh("fsdp:8"), "cpu", keep_activations=False
+    )
     assert data.weights == alone.weights
     assert data.block_inputs == alone.block_inputs // 8
     assert fsdp.weights == pytest.approx(alone.weights / 8, rel=0.01)
@@ -173,7 +163,7 @@ def test_plan_of_the_demo_reads_no_weights_and_writes_nothing(monkeypatch, capsy
 @pytest.mark.parametrize(
     ("mebibytes", "remedy"),
     [
-        (16, "--batch_tokens=512"),
+        (12, "--batch_tokens=512"),
         (2, "--dtype=bfloat16 --batch_tokens=1"),
         (1, "larger or more devices"),
     ],
@@ -181,7 +171,8 @@ def test_plan_of_the_demo_reads_no_weights_and_writes_nothing(monkeypatch, capsy
 def test_run_that_cannot_fit_is_refused_with_what_would_help(
     mebibytes, remedy, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(cost, "device_memory", lambda: mebibytes * 2**20)
+    device = Device("cpu", "cpu", mebibytes * 2**20)
+    monkeypatch.setattr("gradjax.runs.run.local_device", lambda: device)
     config = RunConfig(limit=30, output_dir=tmp_path / "run", spectra=SpectraConfig(layers="3"))
     with pytest.raises(GradjaxError, match=remedy):
         run(config)
@@ -199,3 +190,64 @@ def test_truncated_rows_are_planned_as_cut(capsys):
     config = RunConfig(limit=1, tokens=TokenConfig(max_length=33))
     print_plan(config)
     assert "of 3 × 64 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "devices", "gibibytes"),
+    [
+        ("v5e-16", "v5e", 16, 15.75),
+        ("v5litepod-16", "v5e", 16, 15.75),
+        ("v5p-8", "v5p", 4, 95.74),  # named by cores, two a chip
+        ("v6e-8", "v6e", 8, 31.25),
+        ("H100-8", "h100", 8, 0.75 * 80e9 / 2**30),
+    ],
+)
+def test_a_topology_is_a_kind_and_a_number_of_devices(text, kind, devices, gibibytes):
+    device, count = parse_topology(text)
+    assert (device.kind, count) == (kind, devices)
+    assert device.memory == pytest.approx(gibibytes * 2**30, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["", "v5e", "v5e-0", "v7-8", "v5p-3", "v5e-16x"])
+def test_an_unknown_topology_is_refused(text):
+    with pytest.raises(GradjaxError, match=rf"--topology={text}: expected KIND-N"):
+        parse_topology(text)
+
+
+def test_a_plan_for_devices_elsewhere_follows_them(capsys, monkeypatch):
+    """The number of devices, tokens in a batch, the route and its place, the time."""
+    monkeypatch.setattr("gradjax.runs.run.local_device", None)  # not asked
+    config = RunConfig(limit=400)
+    print_plan(config, "v5e-4")
+    tpu = capsys.readouterr().out
+    for words in ("4 (data:4,fsdp:1,tensor:1) of v5e", "qr, on the device", "15.75 GiB", "peak"):
+        assert words in tpu
+    print_plan(config, "h100-2")
+    gpu = capsys.readouterr().out
+    for words in ("2 (data:2,fsdp:1,tensor:1) of h100", "gram, on the device", "at least"):
+        assert words in gpu
+
+
+def test_a_model_too_large_for_one_device_is_planned_split(monkeypatch, capsys):
+    """The mesh follows the planned devices' memory, not that of this machine."""
+    small = Device("v5e", "tpu", 16 * 2**20, {"float32": 1e12})
+    monkeypatch.setattr("gradjax.runs.run.parse_topology", lambda _: (small, 8))
+    with pytest.raises(GradjaxError, match="--batch_tokens"):
+        print_plan(RunConfig(limit=400), "v5e-8")
+    assert "data:1,fsdp:8,tensor:1" in capsys.readouterr().out
+
+
+def test_a_mesh_of_another_size_than_the_topology_is_refused():
+    with pytest.raises(GradjaxError, match=r"--mesh=data:4 is for 4 devices.*v5e-8 has 8"):
+        print_plan(RunConfig(limit=1, mesh="data:4"), "v5e-8")
+
+
+def test_a_route_that_a_platform_cannot_run_is_refused_before_anything_is_read(monkeypatch):
+    config = RunConfig(data=("nowhere.jsonl",), spectra=SpectraConfig(spectrum_route="gram"))
+    expected = "--spectrum_route=gram needs float64, .*TPU.* expected auto or qr"
+    with pytest.raises(GradjaxError, match=expected):
+        print_plan(config, "v5e-8")
+    tpu = Device("TPU v5 lite", "tpu", 2**34)
+    monkeypatch.setattr("gradjax.runs.run.local_device", lambda: tpu)
+    with pytest.raises(GradjaxError, match=expected):
+        run(config)

@@ -39,11 +39,11 @@ def test_threads_that_fetch_at_once_get_the_rows_own_values():
 def test_each_device_decomposes_and_measures_only_its_own_examples():
     programs = run_on_eight_devices("compiled_collectives")
     assert programs.pop("control")["collectives"]  # the reading finds one where there is one
-    assert len(programs) == 3 * 4
+    assert len(programs) == 6 * 4
     for name, found in programs.items():
         assert found["collectives"] == [], name
         assert set(found["decomposed"]) <= {"2"}, name  # of the batch's 16 examples
-    assert programs["gram (2, 2, 2)"]["decomposed"]
+    assert programs["spectra_gram (2, 2, 2)"]["decomposed"]
 
 
 def test_an_axis_that_does_not_divide_is_named(tmp_path):

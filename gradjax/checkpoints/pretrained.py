@@ -15,7 +15,7 @@ from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.orbax import ORIGIN, load_converted, write_converted
 from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenizer, resolve
 from gradjax.checkpoints.safetensors import load_decoder, stored_dtype, weights_hash
-from gradjax.device import device_memory
+from gradjax.device import local_device
 from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder, random_decoder
@@ -96,7 +96,7 @@ def load_weights(
         needed = entries * jnp.dtype(dtype).itemsize / 2**30
         raise GradjaxError(
             f"the weights of {directory} need {needed:.1f} GiB "
-            f"in {dtype}, and this device has {device_memory() / 2**30:.1f} GiB; use "
+            f"in {dtype}, and this device has {local_device().memory / 2**30:.1f} GiB; use "
             "--dtype=bfloat16, a smaller model or a larger device"
         ) from error
 

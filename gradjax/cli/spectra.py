@@ -31,6 +31,8 @@ ROUTE = "how the factored spectra are computed: gram in float64, qr in float32, 
 SIMILARITY = "layer pairs whose gradients are compared, per projection"
 BATCH_TOKENS = "padded tokens computed at once per device (default: 2048 on a CPU, else 16384)"
 PLAN = "print batches, memory per device, work and time, and end; reads no weights"
+TOPOLOGY = """with --plan: plan for devices that are not here, as in v5e-16, v5p-8 or h100-8, of one
+process (or of all that are sharded)"""
 MESH = """sizes of the axes data (examples), fsdp and tensor (both split the weights) whose product
 is the number of devices, as in data:4,fsdp:2 (default: data alone if the model fits one device,
 else fsdp alone)"""
@@ -71,6 +73,7 @@ GROUPS = {
     ],
     "Memory and devices": [
         flags.DEFINE_boolean("plan", False, PLAN, FLAGS),
+        flags.DEFINE_string("topology", None, TOPOLOGY, FLAGS),
         flags.DEFINE_integer("batch_tokens", None, BATCH_TOKENS, flag_values=FLAGS),
         flags.DEFINE_string("mesh", None, MESH, FLAGS),
     ],
@@ -107,6 +110,11 @@ def run_config() -> config.RunConfig:
             f"--data={own[0]}: no --model is given; name the model whose gradients are wanted, as "
             "in --model=qwen2.5_0.5b (the embedded one, --model=demo, knows only word problems)"
         )
+    if values["topology"] and not values["plan"]:
+        raise GradjaxError(
+            f"--topology={values['topology']}: expected with --plan only; a run takes the devices "
+            "that are here"
+        )
     tokens = config.select(config.TokenConfig, values)
     spectra = config.select(config.SpectraConfig, values)
     return config.select(config.RunConfig, values, tokens=tokens, spectra=spectra)
@@ -121,7 +129,7 @@ def main() -> None:
     from gradjax.storage.results import format_table, group_means, rows_to_come, unused_rows
 
     if FLAGS.plan:
-        print_plan(wanted)
+        print_plan(wanted, FLAGS.topology)
         return
     directory = run(wanted)
     if wanted.processes == "sharded" and jax.process_index():

@@ -6,6 +6,7 @@ CPU), while one compiled block serves all layers either way, and its outputs can
 device while the next block runs.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from gradjax.model.parallel import (
 )
 from gradjax.model.parameters import Parameter, all_parameters, block_parameters, model_parameters
 
+# Arrays; their shapes alone make a decoder to compile with.
+Weights = Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct]
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -49,7 +52,7 @@ class Block(nnx.Module):
     up: nnx.Param
     down: nnx.Param
 
-    def __init__(self, weights: dict[str, Array]):
+    def __init__(self, weights: Weights):
         for name, weight in weights.items():
             setattr(self, name, nnx.Param(weight))
 
@@ -57,7 +60,7 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """All weights of a model. A plain pytree: no shared references, never mutated."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Array], mesh: Mesh | None = None):
+    def __init__(self, config: DecoderConfig, weights: Weights, mesh: Mesh | None = None):
         """`weights` by path of the weight table (`embedding`, `blocks.0.q`, …), on the mesh."""
         self.config = config
         self.mesh = mesh or sharding.one_device()

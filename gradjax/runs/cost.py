@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +17,38 @@ import numpy as np
 
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
-from gradjax.device import device_memory
+from gradjax.device import Device
 from gradjax.errors import GradjaxError
 from gradjax.gradients.factored import HEAD_CHUNK, activation_bytes
+from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
 from gradjax.model.layers import einsum
 from gradjax.model.parameters import Parameter, all_parameters, axis_sizes, block_parameters
 from gradjax.sharding import AXES, TENSOR, split_axes
 from gradjax.spectra.batch import LAYERS_AHEAD
-from gradjax.spectra.decompose import decomposes_on_host
+from gradjax.spectra.decompose import decomposes_on_host, resolved_route
 from gradjax.structs import TokenizedExample
 
 # Share of a device's memory that kept activations may take; what is above that is recomputed.
 _ACTIVATIONS_SHARE = 0.25
 # JAX itself, the runtime and fragmentation.
 _USABLE = 0.95
+
+
+class _Holds(NamedTuple):
+    """How many arrays of a kind a platform's compiled programs hold at once, at the most."""
+
+    logits: int  # of a chunk of target tokens
+    mlp: int  # of the MLP's width, in the backward pass
+    stream: int  # of the model's width, beside them
+    scores: int  # of a chunk of attention's queries and one of its keys
+
+
+# Read off programs that were compiled for v5e, H100 and a CPU. A TPU's compiler keeps in its vector
+# memory (128 MiB) what it can.
+_HOLDS = {"cpu": _Holds(2, 4, 3, 3), "gpu": _Holds(2, 2, 0, 3), "tpu": _Holds(1, 1, 0, 1)}
+# What is compiled for one padded shape, at any width; elsewhere it is small.
+_CODE = {"tpu": 32 * 2**20}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +59,12 @@ class Memory:
     block_inputs: int  # or all activations of the blocks, where these are kept
     factors: int  # X and Δ of the layers whose spectra are in the making, and their gradients
     workspace: int  # of the fullest program
+    code: int = 0  # of all programs
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.block_inputs + self.factors + self.workspace
+        return self.weights + self.block_inputs + self.factors + self.workspace + self.code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +74,13 @@ class Plan:
     batches: tuple[BatchSpec, ...]
     rows: int
     tokens: int  # of the rows themselves
+    device: Device
     mesh: dict[str, int]
     memory: Memory
     keeps_activations: bool  # in the fullest batch
+    route: str  # to the singular values, and where they are computed
     flops: float  # of the model's passes, in its dtype
-    float64_flops: float  # of the spectra
+    spectra_flops: float
 
     @property
     def padded_tokens(self) -> int:
@@ -74,16 +95,18 @@ def make_plan(
     batches: Sequence[BatchSpec],
     dtype: str,
     mesh: dict[str, int],
+    device: Device,
 ) -> Plan:
-    """The plan of computing `batches` of `tokenized` on a mesh of the given axis sizes."""
+    """The plan of computing `batches` of `tokenized` on a mesh of devices of one kind."""
     itemsize = jnp.dtype(dtype).itemsize
     shapes = {(batch.size, batch.length): batch for batch in batches}
     needs = {
-        shape: fitting_memory(model, config, batch, itemsize, mesh)
+        shape: fitting_memory(model, config, batch, itemsize, mesh, device)
         for shape, batch in shapes.items()
     }
     alone = Memory(weight_bytes(model, itemsize, mesh), 0, 0, 0)
     memory, keeps = max(needs.values(), key=lambda need: need[0].total, default=(alone, True))
+    memory = dataclasses.replace(memory, code=memory.code * len(shapes))
     passes = {
         shape: batch_flops(model, config, batch, needs[shape][1]) for shape, batch in shapes.items()
     }
@@ -91,14 +114,18 @@ def make_plan(
     if config.spectrum == "factored":
         lengths = {tokenized[row].num_tokens for batch in batches for row in batch.rows}
         decompositions = {length: spectra_flops(model, config, length) for length in lengths}
+    route, on_host = resolved_route(config, device.platform), decomposes_on_host(device.platform)
+    where = "host" if route and on_host else "device"
     targets = sum(tokenized[row].num_target_tokens for batch in batches for row in batch.rows)
     return Plan(
         tuple(batches),
         sum(len(batch.rows) for batch in batches),
         sum(tokenized[row].num_tokens for batch in batches for row in batch.rows),
+        device,
         mesh,
         memory,
         keeps,
+        f"{route or 'dense'}, on the {where}",
         sum(passes[batch.size, batch.length] for batch in batches)
         + 4.0 * model.vocab_size * model.hidden_size * targets,
         sum(
@@ -120,11 +147,11 @@ def fitting_memory(
     batch: BatchSpec,
     itemsize: int,
     mesh: dict[str, int],
+    device: Device,
 ) -> tuple[Memory, bool]:
     """What a batch needs, and whether its activations are kept: they are where they fit."""
-    on_host = decomposes_on_host(jax.default_backend())
-    needs = partial(batch_memory, model, config, batch, itemsize, mesh, on_host=on_host)
-    keep, available = needs(keep_activations=True), device_memory()
+    needs = partial(batch_memory, model, config, batch, itemsize, mesh, device.platform)
+    keep, available = needs(keep_activations=True), device.memory
     if keep.block_inputs <= _ACTIVATIONS_SHARE * available and keep.total <= available / 2:
         return keep, True
     return needs(keep_activations=False), False
@@ -136,19 +163,16 @@ def batch_memory(
     batch: BatchSpec,
     itemsize: int,
     mesh: dict[str, int],
+    platform: str,
     *,
     keep_activations: bool,
-    on_host: bool = True,
 ) -> Memory:
-    """What a batch needs on one device when the backward pass begins, the fullest moment.
-
-    `on_host`: the spectra's decompositions, which else need workspace on the device.
-    """
+    """What a batch needs on one device when the backward pass begins, the fullest moment."""
     rows = batch.size // math.prod(mesh.values())
     tokens = rows * batch.length
     layers = config.layer_numbers(model.num_layers)
     sizes = axis_sizes(model)
-    wide, narrow, mlp, width = sizes["Q"], sizes["C"], sizes["F"], sizes["D"]
+    wide, narrow, width = sizes["Q"], sizes["C"], sizes["D"]
     stream = tokens * width * itemsize
 
     activations = tokens * activation_bytes(model, itemsize)
@@ -160,27 +184,48 @@ def batch_memory(
     gradients = 4 * rows * entries * held
     alive = factors * min(LAYERS_AHEAD + 1, len(layers)) + gradients
 
-    block = block_parameters(model, layer=0).values()
+    spaces = workspaces(model, config, batch, itemsize, mesh, platform)
+    again = 0 if keep_activations else activations
+    fullest = max(spaces["head"], spaces["block_backward"] + again, spaces["spectra"])
+    weights = weight_bytes(model, itemsize, mesh)
+    return Memory(weights, kept, alive, fullest + 2 * stream, _CODE.get(platform, 0))
+
+
+def workspaces(
+    model: DecoderConfig,
+    config: SpectraConfig,
+    batch: BatchSpec,
+    itemsize: int,
+    mesh: dict[str, int],
+    platform: str,
+) -> dict[str, int]:
+    """Bytes on one device of the largest programs, beside what they are given and give."""
+    rows = batch.size // math.prod(mesh.values())
+    tokens = rows * batch.length
+    sizes, holds = axis_sizes(model), _HOLDS[platform]
     gathered = itemsize * sum(
         math.prod(p.shape(model)) // _parts(model, p, mesh, (TENSOR,)) - _part(model, p, mesh)
-        for p in block
+        for p in block_parameters(model, layer=0).values()
     )
     table = all_parameters(model)["embedding"]
     whole_table = itemsize * (math.prod(table.shape(model)) - _part(model, table, mesh))
-    head = whole_table + 2 * 4 * min(HEAD_CHUNK, tokens) * model.vocab_size + 2 * stream
-    backward = (
-        gathered
-        + (0 if keep_activations else activations)
-        + 2 * stream
-        + tokens * (4 * mlp + 3 * width) * itemsize
+    logits = 4 * min(HEAD_CHUNK, tokens) * model.vocab_size
+    mlp = tokens * (holds.mlp * sizes["F"] + holds.stream * sizes["D"]) * itemsize
+    chunk = -(-batch.length // -(-batch.length // CHUNKS[platform]))
+    attention = (
+        holds.scores * 4 * rows * model.num_heads * chunk**2 + tokens * sizes["D"] * itemsize
     )
     decomposing = 0
-    if not on_host:
+    if not decomposes_on_host(platform):
         # Float64 copies of X and of one Δ, and the core in ten stages of its way to its values.
         core = min(batch.length, max(min(_shape(model, p)) for p in config.projections))
-        decomposing = 8 * (tokens * (width + wide) + 10 * rows * core**2)
-    workspace = max(head, backward, decomposing)
-    return Memory(weight_bytes(model, itemsize, mesh), kept, alive, workspace)
+        decomposing = 8 * (tokens * (sizes["D"] + sizes["Q"]) + 10 * rows * core**2)
+    return {
+        "embed": whole_table,
+        "head": whole_table + holds.logits * logits,
+        "block_backward": gathered + max(mlp, attention),
+        "spectra": decomposing,
+    }
 
 
 def batch_flops(
@@ -190,17 +235,33 @@ def batch_flops(
 
     The floor is a forward pass and the backward pass of the inputs: four per weight and token.
     """
-    tokens = batch.size * batch.length
     layers = config.layer_numbers(model.num_layers)
     below, above = min(layers), model.num_layers - min(layers)
+    flops = program_flops(model, config, batch)
+    again = 0 if keeps_activations else above
+    return (
+        (below + above + again) * flops["block_forward"]
+        + above * flops["block_backward"]
+        + len(layers) * flops["form_gradients"]
+    )
+
+
+def program_flops(
+    model: DecoderConfig, config: SpectraConfig, batch: BatchSpec
+) -> dict[str, float]:
+    """Multiplications and additions of programs; the head's as if all tokens were targets."""
+    tokens = batch.size * batch.length
     weights = sum(math.prod(p.shape(model)) for p in block_parameters(model, 0).values())
     wide = axis_sizes(model)["Q"]
     # Causal: half of T×T. Two products forward; the backward pass makes the scores again.
-    forward = 2 * weights * tokens + 2 * wide * batch.length * tokens
-    backward = 2 * weights * tokens + 5 * wide * batch.length * tokens
-    again = 0 if keeps_activations else forward
-    gradients = 2 * tokens * sum(math.prod(_shape(model, p)) for p in config.projections)
-    return float((below + above) * forward + above * (backward + again) + len(layers) * gradients)
+    return {
+        "block_forward": 2.0 * weights * tokens + 2.0 * wide * batch.length * tokens,
+        "block_backward": 2.0 * weights * tokens + 5.0 * wide * batch.length * tokens,
+        "form_gradients": 2.0
+        * tokens
+        * sum(math.prod(_shape(model, p)) for p in config.projections),
+        "head": 4.0 * model.vocab_size * model.hidden_size * tokens,
+    }
 
 
 def spectra_flops(model: DecoderConfig, config: SpectraConfig, length: int) -> float:
@@ -254,13 +315,20 @@ def format_plan(plan: Plan, dtype: str, seconds: float) -> str:
     shapes = {(batch.size, batch.length): 0 for batch in plan.batches}
     for batch in plan.batches:
         shapes[batch.size, batch.length] += 1
+    time = (
+        f"at least {_duration(seconds)}, estimated from the peak rates of {plan.device.kind}"
+        if plan.device.peaks
+        else f"about {_duration(seconds)} at this machine's speed of matrix products"
+    )
     kept = "activations" if plan.keeps_activations else "block inputs"
     parts = {
         "weights": memory.weights,
         kept: memory.block_inputs,
         "factors": memory.factors,
         "workspace": memory.workspace,
+        "programs": memory.code,
         "together": memory.total,
+        "available": plan.device.memory,
     }
     return "\n".join(
         [
@@ -269,23 +337,27 @@ def format_plan(plan: Plan, dtype: str, seconds: float) -> str:
                 f"batches     {count:,} of {size} × {length:,} tokens"
                 for (size, length), count in shapes.items()
             ),
-            f"devices     {devices} ({mesh}), {dtype}",
+            f"devices     {devices} ({mesh}) of {plan.device.kind}, {dtype}",
             *(f"{name:<11} {_size(size)} per device" for name, size in parts.items()),
-            f"work        {plan.flops:.2e} FLOPs, {plan.float64_flops:.2e} in float64",
-            f"time        about {_duration(seconds)} at this machine's speed of matrix products",
+            f"spectra     {plan.route}",
+            f"work        {plan.flops:.2e} FLOPs, {plan.spectra_flops:.2e} of spectra",
+            f"time        {time}",
         ]
     )
 
 
 def estimated_seconds(plan: Plan, dtype: str) -> float:
-    """What the work takes at the rates measured now, on as many devices like this one."""
+    """What the work takes: at the peak rates of devices elsewhere, else at rates measured now."""
     devices = math.prod(plan.mesh.values())
-    return plan.flops / measured_rate(dtype) / devices + plan.float64_flops / measured_host_rate()
+    if peaks := plan.device.peaks:
+        spectra = plan.spectra_flops / peaks.get("float64", peaks["float32"])
+        return (plan.flops / peaks[dtype] + spectra) / devices
+    return plan.flops / measured_rate(dtype) / devices + plan.spectra_flops / measured_host_rate()
 
 
 def fits(plan: Plan) -> bool:
-    """Whether it fits a device like those here."""
-    return plan.memory.total <= _USABLE * device_memory()
+    """Whether it fits its devices."""
+    return plan.memory.total <= _USABLE * plan.device.memory
 
 
 def require_fit(plan: Plan, remedies: Iterable[tuple[str, Plan]]) -> None:
@@ -298,12 +370,11 @@ def require_fit(plan: Plan, remedies: Iterable[tuple[str, Plan]]) -> None:
     """
     if fits(plan):
         return
-    available = device_memory()
     remedy = next((flag for flag, changed in remedies if fits(changed)), None)
     advice = f"use {remedy}" if remedy else "use larger or more devices (--mesh=fsdp:N)"
     raise GradjaxError(
         f"the run needs {_size(plan.memory.total)} per device, {_size(plan.memory.weights)} of "
-        f"them for weights, and a device has {_size(available)}; {advice}"
+        f"them for weights, and a device has {_size(plan.device.memory)}; {advice}"
     )
 
 

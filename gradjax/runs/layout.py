@@ -3,15 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 from jax.sharding import Mesh
 
 from gradjax.config import RunConfig, SpectraConfig
 from gradjax.data.batches import MULTIPLE, BatchSpec, batch_by_length
-from gradjax.device import (
-    default_batch_tokens,
-    device_memory,
-)
+from gradjax.device import Device
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.parameters import block_parameters
@@ -30,8 +28,8 @@ from gradjax.structs import TokenizedExample
 _GRADIENTS_SHARE = 0.15
 
 
-def lay_out(config: RunConfig, inputs: Inputs, devices: int) -> Plan:
-    """The mesh and the batches of a run on so many devices.
+def lay_out(config: RunConfig, inputs: Inputs, device: Device, devices: int) -> Plan:
+    """The mesh and the batches of a run on so many devices of a kind.
 
     Without `--mesh` it is `data` over all devices where the model fits one of them, else `fsdp`.
     """
@@ -42,52 +40,58 @@ def lay_out(config: RunConfig, inputs: Inputs, devices: int) -> Plan:
                 f"--mesh={config.mesh}: --spectrum=dense needs all weights on each device; use "
                 f"--mesh=data:{math.prod(mesh.values())}"
             )
-        return _plan(config, inputs, mesh)
-    chosen = _plan(config, inputs, parse_mesh(f"data:{devices}"))
+        return _plan(config, inputs, device, mesh)
+    chosen = _plan(config, inputs, device, parse_mesh(f"data:{devices}"))
     if devices > 1 and not fits(chosen) and config.spectra.spectrum == "factored":
-        return _plan(config, inputs, parse_mesh(f"fsdp:{devices}"))
+        return _plan(config, inputs, device, parse_mesh(f"fsdp:{devices}"))
     return chosen
 
 
 def remedies(
-    config: RunConfig, inputs: Inputs, mesh: dict[str, int], processes: int = 1
+    config: RunConfig, inputs: Inputs, device: Device, mesh: dict[str, int], processes: int = 1
 ) -> Iterator[tuple[str, Plan]]:
     """Flags that make a run need less memory, the least costly first, and the plans they give."""
     devices = math.prod(mesh.values())
-    tokens = config.batch_tokens or default_batch_tokens()
+    plan = partial(_plan, inputs=inputs, device=device)
+    tokens = config.batch_tokens or device.batch_tokens
     while (tokens := tokens // 2) >= MULTIPLE:
         changed = dataclasses.replace(config, batch_tokens=tokens)
-        yield f"--batch_tokens={tokens}", _plan(changed, inputs, mesh)
+        yield f"--batch_tokens={tokens}", plan(changed, mesh=mesh)
     one_row = dataclasses.replace(config, batch_tokens=1)
-    yield f"--mesh=fsdp:{devices}", _plan(config, inputs, parse_mesh(f"fsdp:{devices}"))
+    yield f"--mesh=fsdp:{devices}", plan(config, mesh=parse_mesh(f"fsdp:{devices}"))
     if processes > 1:
         shared = parse_mesh(f"fsdp:{devices * processes}")
-        yield "--processes=sharded", _plan(config, inputs, shared)
+        yield "--processes=sharded", plan(config, mesh=shared)
     narrow = dataclasses.replace(one_row, dtype="bfloat16")
-    yield "--dtype=bfloat16 --batch_tokens=1", _plan(narrow, inputs, mesh)
+    yield "--dtype=bfloat16 --batch_tokens=1", plan(narrow, mesh=mesh)
     length = config.tokens.max_length
     while (length := length // 2) >= 512:
         cut = dataclasses.replace(config.tokens, max_length=length)
         changed = dataclasses.replace(one_row, tokens=cut)
-        yield f"--max_length={length} --batch_tokens=1", _plan(changed, inputs, mesh)
+        yield f"--max_length={length} --batch_tokens=1", plan(changed, mesh=mesh)
 
 
-def _plan(config: RunConfig, inputs: Inputs, mesh: dict[str, int]) -> Plan:
+def _plan(config: RunConfig, inputs: Inputs, device: Device, mesh: dict[str, int]) -> Plan:
     # The rows were cut at another --max_length where a remedy is tried.
     longest = -(-config.tokens.max_length // MULTIPLE) * MULTIPLE
     batches = [
         dataclasses.replace(batch, length=min(batch.length, longest))
-        for batch in row_batches(config, inputs, math.prod(mesh.values()))
+        for batch in row_batches(config, inputs, device, math.prod(mesh.values()))
     ]
-    return make_plan(inputs.model, config.spectra, inputs.tokenized, batches, config.dtype, mesh)
+    model, rows = inputs.model, inputs.tokenized
+    return make_plan(model, config.spectra, rows, batches, config.dtype, mesh, device)
 
 
 def row_batches(
-    config: RunConfig, inputs: Inputs, devices: int, among: Sequence[int] | None = None
+    config: RunConfig,
+    inputs: Inputs,
+    device: Device,
+    devices: int,
+    among: Sequence[int] | None = None,
 ) -> list[BatchSpec]:
     """The batches of a run's usable rows, or of the positions `among` them."""
-    batch_tokens = config.batch_tokens
-    return batch_rows(inputs.tokenized, config.spectra, inputs.model, batch_tokens, devices, among)
+    rows, tokens = inputs.tokenized, config.batch_tokens
+    return batch_rows(rows, config.spectra, inputs.model, device, tokens, devices, among)
 
 
 def local_rows(mesh: Mesh, batch: BatchSpec) -> list[int]:
@@ -100,6 +104,7 @@ def batch_rows(
     tokenized: Sequence[TokenizedExample],
     config: SpectraConfig,
     model: DecoderConfig,
+    device: Device,
     batch_tokens: int | None = None,
     devices: int = 1,
     among: Sequence[int] | None = None,
@@ -107,7 +112,8 @@ def batch_rows(
     """Batches of the `ok` examples; their rows are positions in `tokenized`.
 
     Args:
-      batch_tokens: padded tokens per batch and device; by backend if None.
+      device: of which kind all are.
+      batch_tokens: padded tokens per batch and device; by kind if None.
       devices: each has its share of a batch's examples.
       among: the positions to choose from; all if None.
     """
@@ -116,8 +122,8 @@ def batch_rows(
     layers = len(config.layer_numbers(model.num_layers)) if _holds_all_layers(config) else 2
     specs = batch_by_length(
         [tokenized[i].num_tokens for i in positions],
-        batch_tokens or default_batch_tokens(),
-        _most_rows(model, layers),
+        batch_tokens or device.batch_tokens,
+        _most_rows(model, layers, device),
         devices,
     )
     return [
@@ -146,8 +152,8 @@ def _holds_all_layers(config: SpectraConfig) -> bool:
     return config.similarity == "all" or config.spectrum == "dense"
 
 
-def _most_rows(config: DecoderConfig, layers_held: int) -> int:
+def _most_rows(config: DecoderConfig, layers_held: int, device: Device) -> int:
     """Examples whose whole float32 gradients of some layers fit their share of the memory."""
     table = block_parameters(config, layer=0)
     entries = sum(rows * columns for rows, columns in (table[p].shape(config) for p in "qkvo"))
-    return max(int(_GRADIENTS_SHARE * device_memory() / (4 * entries * layers_held)), 1)
+    return max(int(_GRADIENTS_SHARE * device.memory / (4 * entries * layers_held)), 1)

@@ -15,18 +15,18 @@ from gradjax.checkpoints.pretrained import identity
 from gradjax.config import RunConfig
 from gradjax.hashing import sha256
 from gradjax.model.parameters import block_parameters
-from gradjax.runs.compute import resolved_route
 from gradjax.runs.inputs import (
     Inputs,
 )
-from gradjax.spectra.decompose import decomposes_on_host
+from gradjax.spectra.decompose import decomposes_on_host, resolved_route
 from gradjax.version import __version__
 
 _PACKAGE = Path(__file__).parent.parent
 
 
-def number_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+def number_settings(config: RunConfig, inputs: Inputs, platform: str) -> dict[str, Any]:
     """What the numbers of a run depend on, beside its rows: equal, or not the same run."""
+    spectra = config.spectra
     tokenizer, num_layers = inputs.tokenizer, inputs.model.num_layers
     template = str(tokenizer.chat_template or "")
     return {
@@ -39,13 +39,11 @@ def number_settings(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "template": sha256(template) if config.tokens.prompt_format == "chat" else None,
         "dtype": config.dtype,
         **dataclasses.asdict(config.tokens),
-        "spectrum": config.spectra.spectrum,
-        "spectrum_route": (
-            resolved_route(config.spectra) if config.spectra.spectrum == "factored" else None
-        ),
-        "layers": list(config.spectra.layer_numbers(num_layers)),
-        "projections": list(config.spectra.projections),
-        "similarity": config.spectra.similarity,
+        "spectrum": spectra.spectrum,
+        "spectrum_route": resolved_route(spectra, platform),
+        "layers": list(spectra.layer_numbers(num_layers)),
+        "projections": list(spectra.projections),
+        "similarity": spectra.similarity,
         "store_singular_values": config.store_singular_values,
     }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from jax.sharding import Mesh
 
 from gradjax.checkpoints.pretrained import load_weights
 from gradjax.config import RunConfig
-from gradjax.device import agree_on_memory, device_memory, keep_compiled_programs
+from gradjax.device import Device, keep_compiled_programs, local_device, parse_topology
 from gradjax.distributed import Processes, join
+from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
 from gradjax.model.decoder import Decoder
 from gradjax.model.parallel import log_unsplit
@@ -30,6 +32,7 @@ from gradjax.runs.layout import lay_out, local_rows, remedies, row_batches, unfi
 from gradjax.runs.manifest import describe_invocation, describe_machine, manifest, number_settings
 from gradjax.runs.progress import BackgroundWriter, shards, with_progress
 from gradjax.sharding import make_mesh
+from gradjax.spectra.decompose import resolved_route
 from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.store import open_store, require_run
 from gradjax.structs import ExampleResult
@@ -52,21 +55,24 @@ def run(config: RunConfig) -> str | Path:
         sharded=config.processes == "sharded",
     ) as processes:
         keep_compiled_programs()
+        device = _agreed_device(processes)
+        resolved_route(config.spectra, device.platform)  # refused before anything is read
         inputs = read_inputs(config)
         tokenized, finished = inputs.tokenized, inputs.finished
-        planned = _lay_out(config, inputs, processes)
+        planned = _lay_out(config, inputs, device, processes)
         mesh = make_mesh(planned.mesh, processes.devices())
         log_inputs(config, inputs, mesh)
         log_unsplit(mesh, inputs.model)
 
-        settings = number_settings(config, inputs)
+        settings = number_settings(config, inputs, device.platform)
         require_run(Directory(inputs.directory, RUN), settings, inputs.found.manifest)
         _require_one_run(processes, settings, inputs, planned)
 
         # Sharded processes compute every batch together, independent ones take turns.
         share = slice(None) if processes.sharded else slice(processes.index, None, processes.count)
         batches = planned.batches[share]
-        left = unfinished(batches, finished, partial(row_batches, config, inputs, mesh.size))
+        batch_among = partial(row_batches, config, inputs, device, mesh.size)
+        left = unfinished(batches, finished, batch_among)
         waiting = [tokenized[row] for batch in left for row in local_rows(mesh, batch)]
         unusable = [
             ExampleResult(t, t.status, t.reason)
@@ -99,7 +105,7 @@ def run(config: RunConfig) -> str | Path:
                 processes.part()
                 store.append(unusable)
                 if decoder:
-                    results = compute_results(decoder, tokenized, config.spectra, left)
+                    results = compute_results(decoder, tokenized, config.spectra, left, device)
                     reported = with_progress(results, waiting)
                     with BackgroundWriter(store, config.store_singular_values) as writer:
                         for shard in shards(reported):
@@ -110,20 +116,33 @@ def run(config: RunConfig) -> str | Path:
         return inputs.directory
 
 
-def print_plan(config: RunConfig) -> None:
+def print_plan(config: RunConfig, topology: str | None = None) -> None:
     """What `--plan` asks for; reads the model's config, its tokenizer and the data.
+
+    Args:
+      topology: devices to plan for, as of `parse_topology`; those at hand if None.
 
     Raises:
       GradjaxError: as `run`, and, after printing, if the run would not fit.
     """
+    device, devices = parse_topology(topology) if topology else _devices_at_hand(config)
+    resolved_route(config.spectra, device.platform)
     # Of a whole run, whatever a store holds of it.
     inputs = read_inputs(dataclasses.replace(config, overwrite=True))
-    devices = jax.local_device_count()
-    if config.processes == "sharded":
-        devices *= config.num_processes or 1
-    planned = lay_out(config, inputs, devices)
+    planned = lay_out(config, inputs, device, devices)
+    if topology and math.prod(planned.mesh.values()) != devices:
+        raise GradjaxError(
+            f"--mesh={config.mesh} is for {math.prod(planned.mesh.values())} devices, and "
+            f"--topology={topology} has {devices}; give sizes whose product is {devices}"
+        )
     print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype)))
-    require_fit(planned, remedies(config, inputs, planned.mesh))
+    require_fit(planned, remedies(config, inputs, device, planned.mesh))
+
+
+def _devices_at_hand(config: RunConfig) -> tuple[Device, int]:
+    sharded = config.processes == "sharded"
+    processes = config.num_processes or 1 if sharded else 1
+    return local_device(), jax.local_device_count() * processes
 
 
 def _load(config: RunConfig, inputs: Inputs, mesh: Mesh) -> Decoder:
@@ -137,13 +156,17 @@ def _load(config: RunConfig, inputs: Inputs, mesh: Mesh) -> Decoder:
     )
 
 
-def _lay_out(config: RunConfig, inputs: Inputs, processes: Processes) -> Plan:
+def _agreed_device(processes: Processes) -> Device:
+    """The kind of the devices; of the least memory of all processes, whose plans must be equal."""
+    device = local_device()
+    return dataclasses.replace(device, memory=min(map(int, processes.exchange(str(device.memory)))))
+
+
+def _lay_out(config: RunConfig, inputs: Inputs, device: Device, processes: Processes) -> Plan:
     """The same batches in every process; raises GradjaxError where they do not fit."""
-    if processes.count > 1:
-        agree_on_memory(min(map(int, processes.exchange(str(device_memory())))))
-    planned = lay_out(config, inputs, len(processes.devices()))
+    planned = lay_out(config, inputs, device, len(processes.devices()))
     others = 1 if processes.sharded else processes.count
-    require_fit(planned, remedies(config, inputs, planned.mesh, others))
+    require_fit(planned, remedies(config, inputs, device, planned.mesh, others))
     return planned
 
 

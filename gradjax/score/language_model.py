@@ -17,7 +17,7 @@ from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.pretrained import load_weights
 from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenizer, resolve
 from gradjax.data.batches import BatchSpec, batch_by_length, make_batch
-from gradjax.device import default_batch_tokens, memory_faults
+from gradjax.device import local_device, memory_faults
 from gradjax.errors import GradjaxError
 from gradjax.gradients.factored import HEAD_CHUNK
 from gradjax.model import decoder, gpt2
@@ -125,7 +125,7 @@ def _check(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> None:
 
 def recurring_batches(lengths: Sequence[int]) -> list[BatchSpec]:
     """Batches of shapes that recur from call to call: each new one costs a compilation."""
-    specs = batch_by_length([_round_up(n, 32) for n in lengths], default_batch_tokens())
+    specs = batch_by_length([_round_up(n, 32) for n in lengths], local_device().batch_tokens)
     return [dataclasses.replace(spec, size=_round_up(spec.size, 1)) for spec in specs]
 
 

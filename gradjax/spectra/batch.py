@@ -156,7 +156,7 @@ def _dense_layers(
                 p: jnp.where(some[p][..., None], g.astype(jnp.float32), 0)
                 for p, g in gradients[index].items()
             }
-            values = {p: _dense_singular_values(model.mesh, g) for p, g in matrices.items()}
+            values = {p: dense_singular_values(model.mesh, g) for p, g in matrices.items()}
             unit, scales = measures.unit_scaled(matrices)
             wait = partial(_fetch, values, _own_rows(model.mesh, tokens))
             yield _Layer(index, unit, scales, wait)
@@ -180,12 +180,16 @@ def _fetch(values: dict[Projection, jax.Array], contributing: Contributing) -> V
 
 
 @partial(jax.jit, static_argnums=0)
-def _dense_singular_values(mesh: Mesh, gradients: jax.Array) -> jax.Array:
+def dense_singular_values(mesh: Mesh, gradients: jax.Array) -> jax.Array:
+    """Singular values [B, R] of whole gradients [B, O, I], each device's of its own examples."""
+
     def own(gradients: jax.Array) -> jax.Array:
         # One example at a time: a batched decomposition can deadlock on jax 0.10.2's CPU.
         return jax.lax.map(lambda g: jnp.linalg.svd(g, compute_uv=False), gradients)
 
-    return jax.shard_map(own, mesh=mesh, in_specs=EXAMPLES, out_specs=EXAMPLES)(gradients)
+    # On a TPU the decomposition is made of JAX's loops, whose carries fail that check.
+    on_mesh = jax.shard_map(own, mesh=mesh, in_specs=EXAMPLES, out_specs=EXAMPLES, check_vma=False)
+    return on_mesh(gradients)
 
 
 def _rows(

@@ -14,6 +14,8 @@ import threadpoolctl
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from gradjax.config import SpectraConfig
+from gradjax.errors import GradjaxError
 from gradjax.gradients.causality import Contributing
 from gradjax.sharding import EXAMPLES, local_examples
 from gradjax.spectra.singular_values import Route, factor_singular_values
@@ -26,14 +28,35 @@ Values = dict[Projection, list[np.ndarray]]
 Decompose = Callable[[Factors, Contributing], Callable[[], Values]]
 
 
-def default_route(backend: str) -> Route:
-    """`gram` where float64 is fast (CPU, data-centre GPUs), `qr` on a TPU."""
-    return "qr" if backend == "tpu" else "gram"
+def allowed_routes(platform: str) -> tuple[Route, ...]:
+    """The routes that a platform can run, the default first.
+
+    A TPU emulates float64: its compiler needs hours for what `gram` asks of it.
+    """
+    return ("qr",) if platform == "tpu" else ("gram", "qr")
 
 
-def decomposes_on_host(backend: str) -> bool:
+def resolved_route(config: SpectraConfig, platform: str) -> Route | None:
+    """The route of a run on a platform; None where whole gradients are decomposed.
+
+    Raises:
+      GradjaxError: if the platform cannot run the route that is asked for.
+    """
+    if config.spectrum == "dense":
+        return None
+    routes = allowed_routes(platform)
+    route = routes[0] if config.spectrum_route == "auto" else config.spectrum_route
+    if route not in routes:
+        raise GradjaxError(
+            f"--spectrum_route={route} needs float64, which a {platform.upper()} only emulates; "
+            f"expected auto or {' or '.join(routes)} there"
+        )
+    return route
+
+
+def decomposes_on_host(platform: str) -> bool:
     """Whether the host pool is the faster place: measured on CPUs, assumed not elsewhere."""
-    return backend == "cpu"
+    return platform == "cpu"
 
 
 @contextmanager

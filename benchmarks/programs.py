@@ -1,0 +1,142 @@
+"""The programs of a run with abstract arguments: what can be compiled without a device.
+
+The one list of them: benchmarks/deviceless.py compiles it for TPUs and GPUs, tests lower it and
+compare plans with it.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Lowered
+from jax.typing import DTypeLike
+
+from gradjax.gradients import dense, factored
+from gradjax.gradients.factored import HEAD_CHUNK
+from gradjax.model.attention import CHUNKS
+from gradjax.model.config import DecoderConfig
+from gradjax.model.decoder import BlockActivations, Decoder
+from gradjax.model.parallel import weight_sharding
+from gradjax.model.parameters import all_parameters
+from gradjax.sharding import DATA, EVERYWHERE, EXAMPLES
+from gradjax.spectra import measures
+from gradjax.spectra.batch import dense_singular_values
+from gradjax.spectra.decompose import allowed_routes, device_values
+from gradjax.structs import PROJECTIONS
+
+# What each device computes of its own examples, without any other.
+PER_EXAMPLE = ("mask_factors", "form_gradients", "entry_measures", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and what a run calls it with."""
+
+    function: Any  # of jax.jit
+    arguments: tuple[Any, ...]  # static ones, and trees of ShapeDtypeStruct on the mesh
+    part: Literal["passes", "spectra", "dense"] = "passes"  # of the work
+    calls: int = 1  # in a batch
+    float64: bool = False
+    # Mean number of turns of loops whose length the compiler does not know.
+    turns: float = 1.0
+
+    def lower(self, platform: str | None = None) -> Lowered:
+        """For a platform (`tpu`, `cuda`, `cpu`); for that of the mesh's devices if None."""
+        with jax.enable_x64(self.float64), jax.default_matmul_precision("highest"):
+            traced = self.function.trace(*self.arguments)
+            return traced.lower(lowering_platforms=(platform,) if platform else None)
+
+
+def programs(
+    config: DecoderConfig,
+    mesh: Mesh,
+    rows: int,
+    length: int,
+    dtype: DTypeLike = jnp.float32,
+    platform: str | None = None,
+) -> dict[str, Program]:
+    """Every program that a batch [rows, length] may take, by name.
+
+    Args:
+      rows: of all devices together.
+      platform: `cpu`, `gpu` or `tpu`, whose routes to singular values are taken; that of the
+        mesh's devices if None.
+    """
+    platform = platform or mesh.devices.flat[0].platform
+    decoder = abstract_decoder(config, mesh, dtype)
+    block, layers = decoder.blocks[0], config.num_layers
+
+    def array(*shape: int, dtype: DTypeLike = dtype, spec: PartitionSpec = EXAMPLES) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    def place(tree: Any, spec: PartitionSpec = EXAMPLES) -> Any:
+        return jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=spec), tree)
+
+    tokens = array(rows, length, dtype=jnp.int32)
+    masks = {p: array(rows, length, dtype=jnp.bool_) for p in PROJECTIONS}
+    x = array(rows, length, config.hidden_size)
+    rope = array(2, length, config.head_dim // 2, dtype=jnp.float32, spec=EVERYWHERE)
+    rest = (rope, array(dtype=jnp.int32, spec=EVERYWHERE))
+    embedding = decoder.embedding.get_value()
+    table = embedding if config.tied_embeddings else decoder.head.get_value()
+    final = decoder.final_norm.get_value()
+
+    forward = Program(factored._block_forward, (mesh, config, block, x, *rest))
+    kept = jax.eval_shape(partial(forward.function, mesh, config), block, x, *rest)[1]
+    kept = BlockActivations(*map(place, kept, factored._activation_specs(mesh, config)))
+    backward = Program(factored._block_backward, (mesh, config, block, kept, x, *rest))
+    shapes = jax.eval_shape(partial(backward.function, mesh, config), *backward.arguments[2:])
+    factors = place(shapes[1])
+    formed = jax.eval_shape(partial(measures.form_gradients, projections=PROJECTIONS), factors)
+    gradients, scales = place(formed)
+    rope_tables = jax.jit(
+        factored._rope_tables,
+        static_argnums=(0, 1),
+        out_shardings=NamedSharding(mesh, EVERYWHERE),
+    )
+    head = (mesh, config, final, table, x, tokens, masks["q"])
+    own_tokens = rows * length // mesh.size
+
+    per_layer = partial(Program, calls=layers)
+    chunks = -(-length // CHUNKS[platform])
+    through_block = partial(per_layer, turns=(chunks + 1) / 2)  # the key chunks that a query sees
+    found = {
+        "rope_tables": Program(rope_tables, (config, length)),
+        "embed": Program(factored._embed, (mesh, config, embedding, tokens)),
+        "block_forward": through_block(forward.function, forward.arguments),
+        # As if all tokens were targets.
+        "head": Program(factored._head_gradient, head, turns=-(-own_tokens // HEAD_CHUNK)),
+        "block_backward": through_block(backward.function, backward.arguments),
+        "mask_factors": per_layer(factored.mask_factors, (factors, masks)),
+        "form_gradients": per_layer(measures.form_gradients, (factors, PROJECTIONS)),
+        "entry_measures": per_layer(measures.entry_measures, (gradients, scales)),
+        # The largest of a layer's cosines: two within it, four with the layer above.
+        "cosine": Program(measures.cosine, (gradients["q"], gradients["o"]), calls=6 * layers),
+    }
+    for route in allowed_routes(platform):
+        found[f"spectra_{route}"] = per_layer(
+            device_values, (mesh, route, PROJECTIONS, factors), "spectra", float64=route == "gram"
+        )
+    if mesh.size == mesh.shape[DATA]:  # it needs all weights on each device
+        arguments = (decoder, tokens, masks["q"], tuple(range(layers)), PROJECTIONS)
+        found["dense_gradients"] = Program(dense.dense_gradients, arguments, "dense")
+    arguments = (mesh, gradients["q"])
+    found["spectra_dense"] = per_layer(dense_singular_values, arguments, "dense")
+    return found
+
+
+def abstract_decoder(config: DecoderConfig, mesh: Mesh, dtype: DTypeLike) -> Decoder:
+    """A decoder whose weights are shapes on a mesh."""
+    weights = {
+        path: jax.ShapeDtypeStruct(
+            parameter.shape(config),
+            jnp.dtype(dtype),
+            sharding=weight_sharding(mesh, config, parameter),
+        )
+        for path, parameter in all_parameters(config).items()
+    }
+    return Decoder(config, weights, mesh)
