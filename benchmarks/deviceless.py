@@ -210,6 +210,7 @@ def print_programs(config: Any, mesh: Any, kind: str, tokens: int, dtype: str) -
     from gradjax.runs.cost import program_flops, workspaces
 
     device, _ = parse_topology(f"{kind}-8")
+    peak = (device.peaks or {})[dtype]
     batch = BatchSpec(tuple(range(mesh.size)), tokens, mesh.size)
     itemsize, sizes = jnp.dtype(dtype).itemsize, dict(mesh.shape)
     spaces = workspaces(config, SpectraConfig(), batch, itemsize, sizes, device.platform)
@@ -219,7 +220,7 @@ def print_programs(config: Any, mesh: Any, kind: str, tokens: int, dtype: str) -
         if flags.FLAGS.programs and name not in flags.FLAGS.programs:
             continue
         found, flops = compiled(program), work.get(name, 0.0) / mesh.size
-        seconds = found.cycles / _CLOCKS[kind] if kind in _CLOCKS else flops / device.peaks[dtype]
+        seconds = found.cycles / _CLOCKS[kind] if kind in _CLOCKS else flops / peak
         row += program.calls * seconds if program.part == "passes" else 0
         space = spaces.get("spectra" if program.part == "spectra" else name)
         print(_line(name, program.calls, found, space, flops, 1e3 * seconds), flush=True)

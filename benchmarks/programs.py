@@ -65,7 +65,7 @@ def programs(
       platform: `cpu`, `gpu` or `tpu`, whose routes to singular values are taken; that of the
         mesh's devices if None.
     """
-    platform = platform or mesh.devices.flat[0].platform
+    platform = platform or str(mesh.devices.flat[0].platform)
     decoder = abstract_decoder(config, mesh, dtype)
     block, layers = decoder.blocks[0], config.num_layers
 
@@ -87,7 +87,8 @@ def programs(
 
     forward = Program(factored._block_forward, (mesh, config, block, x, *rest))
     kept = jax.eval_shape(partial(forward.function, mesh, config), block, x, *rest)[1]
-    kept = BlockActivations(*map(place, kept, factored._activation_specs(mesh, config)))
+    specs: Any = factored._activation_specs(mesh, config)
+    kept = BlockActivations(*map(place, kept, specs))
     backward = Program(factored._block_backward, (mesh, config, block, kept, x, *rest))
     shapes = jax.eval_shape(partial(backward.function, mesh, config), *backward.arguments[2:])
     factors = place(shapes[1])

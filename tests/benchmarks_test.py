@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ways
+from benchmarks.deviceless import estimated_cycles
 from benchmarks.kernels import KERNELS, measure_kernel
 from benchmarks.profiles import idle_time
 from benchmarks.shapes import shape_config
@@ -102,6 +103,40 @@ def test_idle_time_is_between_the_first_and_the_last_kernel():
     assert idle_time(trace) == pytest.approx(
         {"idle_share": 0.3, "longest_idle_seconds": 30e-9}, rel=1e-6
     )
+
+
+# A loop of 5 turns, in it one of unknown length; branches of which one is taken; a plain operation.
+HLO = """
+%inner_body (p: (s32[])) -> (s32[]) {
+  %a = f32[8]{0} fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"7"}
+}
+%inner_condition (p: (s32[], s32[])) -> pred[] {
+  ROOT %lt = pred[] compare(%turn, %last), direction=LT, metadata={}
+}
+%outer_body (p: (s32[])) -> (s32[]) {
+  %b = f32[8]{0} fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"10"}
+  %w = (s32[]) while(%p), condition=%inner_condition, body=%inner_body, metadata={}
+}
+%outer_condition (p: (s32[])) -> pred[] {
+  %five = s32[]{:T(128)} constant(5)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%turn, %five), direction=LT, metadata={}
+}
+%short (p: (s32[])) -> (s32[]) {
+  %c = f32[8]{0} add(%p), backend_config={"estimated_cycles":"1"}
+}
+%long (p: (s32[])) -> (s32[]) {
+  %d = f32[8]{0} add(%p), backend_config={"estimated_cycles":"1000"}
+}
+ENTRY %main (p: s32[]) -> s32[] {
+  %w.1 = (s32[]) while(%p), condition=%outer_condition, body=%outer_body
+  %e = f32[8]{0} conditional(%p, %q), branch_computations={%short, %long}
+  ROOT %g = f32[8]{0} fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"100"}
+}
+"""
+
+
+def test_cycles_count_as_often_as_their_loop_turns():
+    assert estimated_cycles(HLO, turns=2.5) == (5 * (10 + 2.5 * 7) + 1000 + 100, True)
 
 
 def accelerator(*flags: str) -> subprocess.CompletedProcess:

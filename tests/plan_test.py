@@ -230,10 +230,10 @@ def test_a_plan_for_devices_elsewhere_follows_them(capsys, monkeypatch):
 
 def test_a_model_too_large_for_one_device_is_planned_split(monkeypatch, capsys):
     """The mesh follows the planned devices' memory, not that of this machine."""
-    small = Device("v5e", "tpu", 16 * 2**20, {"float32": 1e12})
+    small = Device("h100", "gpu", 2**20, {"float32": 1e12, "float64": 1e12})
     monkeypatch.setattr("gradjax.runs.run.parse_topology", lambda _: (small, 8))
-    with pytest.raises(GradjaxError, match="--batch_tokens"):
-        print_plan(RunConfig(limit=400), "v5e-8")
+    with pytest.raises(GradjaxError, match=r"a device has 1\.0 MiB"):
+        print_plan(RunConfig(limit=400), "h100-8")
     assert "data:1,fsdp:8,tensor:1" in capsys.readouterr().out
 
 

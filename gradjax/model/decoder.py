@@ -32,7 +32,7 @@ from gradjax.model.parallel import (
 from gradjax.model.parameters import Parameter, all_parameters, block_parameters, model_parameters
 
 # Arrays; their shapes alone make a decoder to compile with.
-Weights = Mapping[str, Array] | Mapping[str, jax.ShapeDtypeStruct]
+Weights = Mapping[str, Array | jax.ShapeDtypeStruct]
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 

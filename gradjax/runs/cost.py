@@ -47,8 +47,8 @@ class _Holds(NamedTuple):
 # Read off programs that were compiled for v5e, H100 and a CPU. A TPU's compiler keeps in its vector
 # memory (128 MiB) what it can.
 _HOLDS = {"cpu": _Holds(2, 4, 3, 3), "gpu": _Holds(2, 2, 0, 3), "tpu": _Holds(1, 1, 0, 1)}
-# What is compiled for one padded shape, at any width; elsewhere it is small.
-_CODE = {"tpu": 32 * 2**20}
+# Compiled for one padded shape: 20 to 34 MiB at the widths of 0.5B to 7B; elsewhere it is small.
+_CODE = {"tpu": 24 * 2**20}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +217,11 @@ def workspaces(
     )
     decomposing = 0
     if not decomposes_on_host(platform):
-        # Float64 copies of X and of one Δ, and the core in ten stages of its way to its values.
+        # Copies of X and of one Δ, in float64 for the Gram matrices, and the core on its way to its
+        # values: two there, and two that cuSOLVER takes and no compiler counts.
         core = min(batch.length, max(min(_shape(model, p)) for p in config.projections))
-        decomposing = 8 * (tokens * (sizes["D"] + sizes["Q"]) + 10 * rows * core**2)
+        width, stages = (8, 4) if resolved_route(config, platform) == "gram" else (4, 10)
+        decomposing = width * (tokens * (sizes["D"] + sizes["Q"]) + stages * rows * core**2)
     return {
         "embed": whole_table,
         "head": whole_table + holds.logits * logits,
