@@ -204,7 +204,7 @@ def floor_way(shape: Shape, length: int) -> Callable[[], Any]:
         def loss(x: jax.Array) -> jax.Array:
             rope = layers.rope_tables(config, length)
             for block in decoder.blocks:
-                x, _ = model.block_forward(config, block, x, rope, jnp.int32(length))
+                x, _ = model.block_forward(config, block, x, rope, None)
             scores = model.project_logits(
                 config, decoder.final_norm[...], decoder.output_table, x[0, first - 1 : -1]
             )

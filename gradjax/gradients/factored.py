@@ -57,7 +57,7 @@ def attention_gradients(
     """
     config, mesh, length = model.config, model.mesh, tokens.shape[1]
     rope = _rope_tables(config, length)
-    windows = [jnp.int32(window) for window in decoder.layer_windows(config, length)]
+    windows = decoder.layer_windows(config, length)
     x = _embed(mesh, config, model.embedding[...], tokens)
     kept: list[BlockActivations | Array] = []
     for layer, block in enumerate(model.blocks):
@@ -162,17 +162,17 @@ def _head_gradient(mesh: Mesh, config: DecoderConfig, *arrays: Array) -> tuple[A
     return _on_mesh(mesh, partial(head_gradient, config), specs, EXAMPLES)(*arrays)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 5))
 def _block_forward(
-    mesh: Mesh, config: DecoderConfig, block: Block, x: Array, rope: Array, window: Array
+    mesh: Mesh, config: DecoderConfig, block: Block, x: Array, rope: Array, window: int | None
 ) -> tuple[Array, BlockActivations]:
-    specs = (_block_specs(mesh, config, block), EXAMPLES, EVERYWHERE, EVERYWHERE)
+    specs = (_block_specs(mesh, config, block), EXAMPLES, EVERYWHERE)
     out_specs = (EXAMPLES, _activation_specs(mesh, config))
-    run = partial(decoder.block_forward, config)
-    return _on_mesh(mesh, run, specs, out_specs)(block, x, rope, window)
+    run = partial(decoder.block_forward, config, window=window)
+    return _on_mesh(mesh, run, specs, out_specs)(block, x, rope)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 6))
 def _block_backward(
     mesh: Mesh,
     config: DecoderConfig,
@@ -180,13 +180,13 @@ def _block_backward(
     kept: BlockActivations,
     cotangent: Array,
     rope: Array,
-    window: Array,
+    window: int | None,
 ) -> tuple[Array, Factors]:
     activations = _activation_specs(mesh, config)
     block_specs = _block_specs(mesh, config, block)
-    specs = (block_specs, activations, EXAMPLES, EVERYWHERE, EVERYWHERE)
-    run = partial(block_backward, config)
-    return _on_mesh(mesh, run, specs, EXAMPLES)(block, kept, cotangent, rope, window)
+    specs = (block_specs, activations, EXAMPLES, EVERYWHERE)
+    run = partial(block_backward, config, window=window)
+    return _on_mesh(mesh, run, specs, EXAMPLES)(block, kept, cotangent, rope)
 
 
 def _on_mesh(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -222,7 +222,7 @@ def block_backward(
     kept: BlockActivations,
     cotangent: Float[Array, "B T D"],
     rope: Float[Array, "2 T half"],
-    window: Int[Array, ""],
+    window: int | None,
 ) -> tuple[Float[Array, "B T D"], Factors]:
     """The cotangent of a block's input, and the factors of its four projections."""
     norm = partial(decoder.norm, config)
@@ -243,7 +243,8 @@ def block_backward(
     (hidden,) = from_stream(o, matrices["o"])
     attended, heads = kept.attended, (kept.q, kept.k, kept.v)
     from_o = own_examples(hidden, matrices["o"])
-    q, k, v = attention_backward(config, *heads, rope, window, attended, kept.logsumexp, from_o)
+    kept_sums = (attended, kept.logsumexp)
+    q, k, v = attention_backward(config, window, *heads, rope, *kept_sums, from_o)
     pairs = ((delta, matrices[name]) for name, delta in zip("qkv", (q, k, v), strict=True))
     hidden = to_stream(*((own_columns(delta, matrix), matrix) for delta, matrix in pairs))
     normed, norm_vjp = jax.vjp(lambda x: norm(x, block.attention_norm[...]), kept.x)
