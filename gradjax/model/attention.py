@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradjax.model.config import DecoderConfig
-from gradjax.model.layers import einsum, rotate
+from gradjax.model.layers import einsum, rotate, soft_cap_slope
 from gradjax.sharding import platform
 
 # Most tokens whose scores exist at a time, as queries and as keys. On a CPU the fastest of 128 to
@@ -149,11 +149,7 @@ def _scores(
 ) -> tuple[Float[Array, "B K M S"], Array | float]:
     """Capped scores of one chunk pair, and their slope over the scaled q·k."""
     scores = _einsum("bkmh,bksh->bkms", q, k) * config.query_scale
-    cap = config.attention_softcap
-    if cap is None:
-        return scores, 1.0
-    share = jnp.tanh(scores / cap)
-    return cap * share, 1 - jnp.square(share)
+    return soft_cap_slope(scores, config.attention_softcap)
 
 
 def _masked(
