@@ -128,7 +128,7 @@ def _plain_gradient(decoder: Decoder, batch: TokenBatch) -> Start:
             rope = layers.rope_tables(config, length)
             windows = model.layer_windows(config, length)
             for block, window in zip(decoder.blocks, windows, strict=True):
-                x, _ = model.block_forward(config, block, x, rope, jnp.int32(window))
+                x, _ = model.block_forward(config, block, x, rope, window)
             scores = model.project_logits(
                 config, decoder.final_norm[...], decoder.output_table, x[:, first - 1 : -1]
             )

@@ -100,3 +100,13 @@ def local_examples(array: jax.Array) -> np.ndarray:
         return np.asarray(array)
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([shard.data for shard in shards])
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: what the program being traced is for, the mesh's or the default.
+
+    Inside `jax.shard_map` the default backend says nothing: programs are also compiled for
+    devices that this machine lacks.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()

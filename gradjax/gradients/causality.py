@@ -16,7 +16,7 @@ Contributing = dict[Projection, Bool[np.ndarray, "B T"]]
 
 
 def contributing_tokens(
-    targets: Bool[np.ndarray, "B T"], windows: Sequence[int]
+    targets: Bool[np.ndarray, "B T"], windows: Sequence[int | None]
 ) -> list[Contributing]:
     """The tokens whose cotangents are not zero by causality, per layer.
 
@@ -26,7 +26,7 @@ def contributing_tokens(
 
     Args:
       targets: true at the tokens that the loss is the mean over.
-      windows: tokens that each layer's attention sees, itself included, [L].
+      windows: tokens that each layer's attention sees, itself included, [L]; None: all.
 
     Returns:
       One entry per layer, from the first.
@@ -34,7 +34,7 @@ def contributing_tokens(
     needed = np.zeros_like(targets)  # tokens whose output of the layer reaches the loss
     needed[:, :-1] = targets[:, 1:]
     layers: list[Contributing] = []
-    for window in reversed(windows):
+    for window in reversed([window or targets.shape[1] for window in windows]):
         choosing = needed.copy()  # queries with more than one token to see
         choosing[:, : 1 if window > 1 else None] = False
         seen = _seen(needed, window)

@@ -5,7 +5,9 @@ chunk sees; the backward pass makes each chunk's weights again from the logarith
 sums (FlashAttention, arXiv 2205.14135, in plain JAX: true float32 with soft caps and windows,
 which no fused kernel offers at once). Up to one chunk it is the textbook formula.
 
-Chunked arrays are [n, B, T, ...]: n chunks of T queries or S keys.
+The query heads of a key/value head lie below each other, so that each product of a chunk pair is
+one matrix product per example and key/value head: chunked arrays are [n, B, K, ...], n chunks of
+S keys, or of M = G·S queries.
 """
 
 from collections.abc import Callable
@@ -14,103 +16,109 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gradjax.model.config import DecoderConfig
-from gradjax.model.layers import einsum, rotate, soft_cap
+from gradjax.model.layers import einsum, rotate, soft_cap_slope
+from gradjax.sharding import platform
 
 # Most tokens whose scores exist at a time, as queries and as keys. On a CPU the fastest of 128 to
-# 1,024 (scores stay in the cache); elsewhere not measured, large enough to fill a GPU.
-CHUNKS = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+# 1,024 (scores stay in the cache); on a TPU by the compiler's cycles (benchmarks/RESULTS.md); on a
+# GPU not measured, large enough to fill it.
+CHUNKS = {"cpu": 256, "gpu": 1024, "tpu": 512}
 _HIDDEN = float(jnp.finfo(jnp.float32).min)
 Index = Array | int  # of a chunk; an int where there is only one
 _einsum = partial(einsum, preferred_element_type=jnp.float32)
 
 
-_with_own_backward: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))
+_with_own_backward: Any = partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 
 
 @_with_own_backward
 def attention(
     config: DecoderConfig,
+    window: int | None,
     q: Float[Array, "B T Q"],
     k: Float[Array, "B T C"],
     v: Float[Array, "B T C"],
     rope: Float[Array, "2 T half"],
-    window: Int[Array, ""],
 ) -> tuple[Float[Array, "B T Q"], Float[Array, "B T N"]]:
     """Attention between the projections q, k, v and the input of o.
 
-    A token sees itself and the `window - 1` tokens before it. Scores and softmax are float32.
+    A token sees itself and all tokens before it, or the `window - 1` before it. Scores and softmax
+    are float32.
 
     Returns:
       What o takes, and the logarithm of each softmax's sum, which `attention_backward` needs and
       through which no gradient is taken.
     """
     qs, ks, vs = _rotated_chunks(config, q, k, v, rope)
-    _, batch, chunk, *heads, width = qs.shape
-    rows = (batch, *heads, chunk)
 
     def queries(_: None, i: Index) -> tuple[None, tuple[Array, Array]]:
-        def keys(j: Index, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def keys(j: Index, carry: tuple[Array, Array, Array], masked: bool) -> Any:
             largest, total, out = carry
-            scores, _ = _scores(config, qs[i], ks[j], (i - j) * chunk, window)
+            scores, _ = _scores(config, qs[i], ks[j])
+            scores = _masked(scores, ks.shape[3], i - j, window) if masked else scores
             new = jnp.maximum(largest, scores.max(axis=-1))
             weights = jnp.exp(scores - new[..., None])
             shrink = jnp.exp(largest - new)
-            seen = _einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), vs[j])
+            seen = _einsum("bkms,bksh->bkmh", weights.astype(v.dtype), vs[j])
             total = total * shrink + weights.sum(axis=-1)
             return new, total, out * shrink[..., None] + seen
 
         f32 = partial(jnp.full, dtype=jnp.float32)
-        start = (f32(rows, _HIDDEN), f32(rows, 0), f32((*rows, width), 0))
-        largest, total, out = _over_visible(qs, i, window, keys, start)
-        out = (out / total[..., None]).astype(q.dtype)
-        return None, (jnp.moveaxis(out, 3, 1), jnp.moveaxis(largest + jnp.log(total), 3, 1))
+        rows = qs.shape[1:-1]
+        start = (f32(rows, _HIDDEN), f32(rows, 0), f32(qs.shape[1:], 0))
+        largest, total, out = _over_visible(ks, i, window, keys, start)
+        return None, ((out / total[..., None]).astype(q.dtype), largest + jnp.log(total))
 
-    _, (out, logsumexp) = _over_chunks(qs, queries, None)
-    return _joined(out, q.shape[1]), _joined(logsumexp, q.shape[1])
+    _, (out, logsumexp) = _over_chunks(ks, queries, None)
+    joined = partial(_joined, length=q.shape[1])
+    return joined(out), joined(logsumexp[..., None])
 
 
 def attention_backward(
     config: DecoderConfig,
+    window: int | None,
     q: Float[Array, "B T Q"],
     k: Float[Array, "B T C"],
     v: Float[Array, "B T C"],
     rope: Float[Array, "2 T half"],
-    window: Int[Array, ""],
     out: Float[Array, "B T Q"],
     logsumexp: Float[Array, "B T N"],
     cotangent: Float[Array, "B T Q"],
 ) -> tuple[Float[Array, "B T Q"], Float[Array, "B T C"], Float[Array, "B T C"]]:
     """The cotangents of q, k and v, given that of `out`."""
     qs, ks, vs = _rotated_chunks(config, q, k, v, rope)
-    chunk = qs.shape[2]
-    cotangents, outs = (_chunked(x, len(qs)).reshape(qs.shape) for x in (cotangent, out))
-    sums = _chunked(logsumexp, len(qs)).reshape(qs.shape[:-1])
-    sums = jnp.moveaxis(sums, 2, -1)[..., None]
+    chunked = partial(_chunked, config, chunks=len(qs))
+    cotangents, outs = (chunked(_heads(config, x)) for x in (cotangent, out))
+    sums = chunked(logsumexp[..., None])
     # Σ_s weight · (its cotangent): what the softmax's Jacobian takes off each score of a row.
-    means = (cotangents.astype(jnp.float32) * outs.astype(jnp.float32)).sum(axis=-1)
-    means = jnp.moveaxis(means, 2, -1)[..., None]
+    products = cotangents.astype(jnp.float32) * outs.astype(jnp.float32)
+    means = products.sum(axis=-1, keepdims=True)
 
     def queries(carry: tuple[Array, Array], i: Index) -> tuple[tuple[Array, Array], Array]:
-        def keys(j: Index, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def keys(j: Index, carry: tuple[Array, Array, Array], masked: bool) -> Any:
             dq, dk, dv = carry
-            scores, slope = _scores(config, qs[i], ks[j], (i - j) * chunk, window)
+            scores, slope = _scores(config, qs[i], ks[j])
+            scores = _masked(scores, ks.shape[3], i - j, window) if masked else scores
             weights = jnp.exp(scores - sums[i])
-            dweights = _einsum("btkgh,bskh->bkgts", cotangents[i], vs[j])
+            dweights = _einsum("bkmh,bksh->bkms", cotangents[i], vs[j])
             dscores = (weights * (dweights - means[i]) * slope).astype(q.dtype)
-            dq += _einsum("bkgts,bskh->btkgh", dscores, ks[j])
-            dk_j = _einsum("bkgts,btkgh->bskh", dscores, qs[i])
-            dv_j = _einsum("bkgts,btkgh->bskh", weights.astype(v.dtype), cotangents[i])
+            dq += _einsum("bkms,bksh->bkmh", dscores, ks[j])
+            # With S last no operand is transposed: three times as fast on a CPU.
+            dk_j = _einsum("bkmh,bkms->bkhs", qs[i], dscores)
+            dv_j = _einsum("bkmh,bkms->bkhs", cotangents[i], weights.astype(v.dtype))
             return dq, dk.at[j].add(dk_j), dv.at[j].add(dv_j)
 
         start = (jnp.zeros(qs.shape[1:], jnp.float32), *carry)
-        dq, dk, dv = _over_visible(qs, i, window, keys, start)
-        return (dk, dv), dq.astype(q.dtype)
+        dq, dk, dv = _over_visible(ks, i, window, keys, start)
+        return (dk, dv), dq
 
-    zeros = jnp.zeros(ks.shape, jnp.float32)
-    (dk, dv), dq = _over_chunks(qs, queries, (zeros, zeros))
+    zeros = jnp.zeros((*ks.shape[:3], ks.shape[4], ks.shape[3]), jnp.float32)
+    (dk, dv), dq = _over_chunks(ks, queries, (zeros, zeros))
+    dk, dv = (jnp.swapaxes(x, 3, 4) for x in (dk, dv))
+    dq, dk = (x * config.query_scale for x in (dq, dk))
     dq, dk, dv = (_joined(x, q.shape[1]).astype(q.dtype) for x in (dq, dk, dv))
     cos, sin = rope
     unrotate = partial(_rotate_heads, config, rope=jnp.stack([cos, -sin]))
@@ -118,98 +126,104 @@ def attention_backward(
 
 
 def _forward_rule(
-    config: DecoderConfig, *inputs: Array
+    config: DecoderConfig, window: int | None, *inputs: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    out, logsumexp = attention(config, *inputs)
+    out, logsumexp = attention(config, window, *inputs)
     return (out, logsumexp), (*inputs, out, logsumexp)
 
 
 def _backward_rule(
-    config: DecoderConfig, kept: tuple[Any, ...], cotangents: tuple[Array, Array]
+    config: DecoderConfig,
+    window: int | None,
+    kept: tuple[Array, ...],
+    cotangents: tuple[Array, Array],
 ) -> tuple[Array | None, ...]:
-    q, k, v, rope, window, out, logsumexp = kept
-    inputs = (q, k, v, rope, jnp.asarray(window))  # a literal comes back as a NumPy scalar
-    return *attention_backward(config, *inputs, out, logsumexp, cotangents[0]), None, None
+    return *attention_backward(config, window, *kept, cotangents[0]), None
 
 
 attention.defvjp(_forward_rule, _backward_rule)
 
 
 def _scores(
-    config: DecoderConfig,
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B S K H"],
-    offset: Index,
-    window: Int[Array, ""],
-) -> tuple[Float[Array, "B K G T S"], Array | float]:
-    """Capped scores of one chunk pair, `offset` tokens apart, and their slope over q·k."""
-    scores = _einsum("btkgh,bskh->bkgts", q, k) * config.query_scale
-    scores = soft_cap(scores, config.attention_softcap)
-    slope = config.query_scale
-    if config.attention_softcap is not None:
-        slope = slope * (1 - jnp.square(scores / config.attention_softcap))
-    tokens = jnp.arange(q.shape[1], dtype=jnp.int32)
-    distance = offset + tokens[:, None] - tokens[None, :]
-    visible = (distance >= 0) & (distance < window)
-    return jnp.where(visible, scores, _HIDDEN), slope
+    config: DecoderConfig, q: Float[Array, "B K M H"], k: Float[Array, "B K S H"]
+) -> tuple[Float[Array, "B K M S"], Array | float]:
+    """Capped scores of one chunk pair, and their slope over the scaled q·k."""
+    scores = _einsum("bkmh,bksh->bkms", q, k) * config.query_scale
+    return soft_cap_slope(scores, config.attention_softcap)
+
+
+def _masked(
+    scores: Float[Array, "B K M S"], chunk: int, apart: Index, window: int | None
+) -> Float[Array, "B K M S"]:
+    """Scores of chunks so many chunks apart, those that a token does not see hidden."""
+    tokens = jnp.arange(chunk, dtype=jnp.int32)
+    distance = apart * chunk + tokens[:, None] - tokens[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    visible = jnp.tile(visible, (scores.shape[2] // chunk, 1))
+    return jnp.where(visible, scores, _HIDDEN)
 
 
 def _over_chunks(
-    qs: Float[Array, "n B T K G H"], body: Callable[[Any, Any], tuple[Any, Any]], start: Any
+    ks: Float[Array, "n B K S H"], body: Callable[[Any, Any], tuple[Any, Any]], start: Any
 ) -> tuple[Any, Any]:
     """`lax.scan` over the numbers of the query chunks; without a loop where there is one."""
-    if len(qs) == 1:
+    if len(ks) == 1:
         carry, result = body(start, 0)
         return carry, jax.tree.map(lambda x: x[None], result)
-    return jax.lax.scan(body, start, jnp.arange(len(qs), dtype=jnp.int32))
+    return jax.lax.scan(body, start, jnp.arange(len(ks), dtype=jnp.int32))
 
 
 def _over_visible(
-    qs: Float[Array, "n B T K G H"],
+    ks: Float[Array, "n B K S H"],
     i: Index,
-    window: Int[Array, ""],
-    body: Callable[[Any, Any], Any],
+    window: int | None,
+    body: Callable[[Any, Any, bool], Any],
     start: Any,
 ) -> Any:
     """The carry after all key chunks that query chunk i sees, its own being the last."""
-    if len(qs) == 1:
-        return body(0, start)
-    chunk = qs.shape[2]
-    first = jnp.maximum((i * chunk - window + 1) // chunk, 0)
-    return jax.lax.fori_loop(first, i + 1, body, start)
+    if len(ks) > 1:
+        chunk, masked = ks.shape[3], window is not None
+        first = jnp.maximum((i * chunk - window + 1) // chunk, 0) if masked else 0
+        start = jax.lax.fori_loop(first, i, partial(body, masked=masked), start)
+    return body(i, start, True)
 
 
 def _rotated_chunks(
     config: DecoderConfig, q: Array, k: Array, v: Array, rope: Array
-) -> tuple[
-    Float[Array, "n B T K G H"],
-    Float[Array, "n B S K H"],
-    Float[Array, "n B S K H"],
-]:
+) -> tuple[Float[Array, "n B K M H"], Float[Array, "n B K S H"], Float[Array, "n B K S H"]]:
     """q, k (rotated) and v in equal chunks of at most `CHUNKS` tokens, zero-padded at the end."""
-    chunks = -(-q.shape[1] // CHUNKS.get(jax.default_backend(), CHUNKS["gpu"]))
+    chunks = -(-q.shape[1] // CHUNKS[platform()])
     q, k = (_rotate_heads(config, x, rope) for x in (q, k))
-    shape = (-1, config.num_kv_heads, config.head_dim)
-    ks, vs = (_chunked(x, chunks) for x in (k, v))
-    ks, vs = (x.reshape(*x.shape[:3], *shape[1:]) for x in (ks, vs))
-    qs = _chunked(q, chunks)
-    return qs.reshape(*qs.shape[:3], shape[1], -1, shape[2]), ks, vs
+    q, k, v = (_chunked(config, _heads(config, x), chunks) for x in (q, k, v))
+    return q, k, v
+
+
+def _heads(config: DecoderConfig, x: Float[Array, "B T W"]) -> Float[Array, "B T heads H"]:
+    return x.reshape(*x.shape[:2], -1, config.head_dim)
 
 
 def _rotate_heads(
     config: DecoderConfig, x: Float[Array, "B T W"], rope: Float[Array, "2 T half"]
 ) -> Float[Array, "B T W"]:
-    heads = x.reshape(*x.shape[:2], -1, config.head_dim)
-    return rotate(heads, rope).reshape(x.shape)
+    return rotate(_heads(config, x), rope).reshape(x.shape)
 
 
-def _chunked(x: Float[Array, "B T W"], chunks: int) -> Float[Array, "n B T_chunk W"]:
-    batch, length, width = x.shape
+def _chunked(
+    config: DecoderConfig, x: Float[Array, "B T heads W"], chunks: int
+) -> Float[Array, "n B K M W"]:
+    """The heads of each key/value head below each other, chunk by chunk; of keys M is S."""
+    batch, length, _, width = x.shape
     chunk = -(-length // chunks)
-    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0)))
-    return jnp.moveaxis(x.reshape(batch, chunks, chunk, width), 1, 0)
+    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
+    x = x.reshape(batch, chunks, chunk, config.num_kv_heads, -1, width)
+    return x.transpose(1, 0, 3, 4, 2, 5).reshape(chunks, batch, config.num_kv_heads, -1, width)
 
 
-def _joined(x: Float[Array, "n B T *heads"], length: int) -> Float[Array, "B T_all W"]:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1)[:, :length]
+def _joined(x: Float[Array, "n B K M H"], length: int) -> Float[Array, "B T W"]:
+    """The reverse of `_chunked`, heads side by side."""
+    chunks, batch, heads, rows, width = x.shape
+    chunk = -(-length // chunks)
+    x = x.reshape(chunks, batch, heads, rows // chunk, chunk, width).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(batch, chunks * chunk, -1)[:, :length]

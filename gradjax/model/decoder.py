@@ -116,9 +116,9 @@ def random_decoder(
     return Decoder(config, weights, mesh)
 
 
-def layer_windows(config: DecoderConfig, length: int) -> list[int]:
-    """Each layer's attention window at a sequence length, [L]."""
-    return [length if window is None else min(window, length) for window in config.windows]
+def layer_windows(config: DecoderConfig, length: int) -> list[int | None]:
+    """Each layer's attention window at a sequence length, [L]; None where it hides nothing."""
+    return [None if window is None or window >= length else window for window in config.windows]
 
 
 class BlockActivations(NamedTuple):
@@ -170,7 +170,7 @@ def block_forward(
     block: Block,
     x: Float[Array, "B T D"],
     rope: Float[Array, "2 T half"],
-    window: Int[Array, ""],
+    window: int | None,
 ) -> tuple[Float[Array, "B T D"], BlockActivations]:
     """One block: its output and the activations that its backward pass needs.
 
@@ -184,7 +184,7 @@ def block_forward(
         own_examples(y, matrices[name]) + bias(config, block, name)
         for name, y in zip("qkv", heads, strict=True)
     )
-    attended, logsumexp = attention(config, q, k, v, rope, window)
+    attended, logsumexp = attention(config, window, q, k, v, rope)
     o = matrices["o"]
     attention_out = to_stream((own_columns(attended, o), o))
     middle = x + post_norm(config, attention_out, block, "attention_post_norm")
@@ -205,9 +205,9 @@ def _block_inputs(config: DecoderConfig, table: Array, tokens: Array) -> tuple[A
     return embed(config, table, tokens), layers.rope_tables(config, tokens.shape[1])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 4))
 def _block_output(
-    config: DecoderConfig, block: Block, x: Array, rope: Array, window: Array
+    config: DecoderConfig, block: Block, x: Array, rope: Array, window: int | None
 ) -> Array:
     return block_forward(config, block, x, rope, window)[0]
 
@@ -221,7 +221,7 @@ def hidden_states(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B 
     x, rope = _block_inputs(config, model.embedding[...], tokens)
     windows = layer_windows(config, tokens.shape[1])
     for block, window in zip(model.blocks, windows, strict=True):
-        x = _block_output(config, block, x, rope, jnp.int32(window))
+        x = _block_output(config, block, x, rope, window)
     return x
 
 

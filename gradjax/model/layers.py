@@ -79,6 +79,14 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def soft_cap_slope(x: Array, cap: float | None) -> tuple[Array, Array | float]:
+    """`soft_cap`, and its derivative at x."""
+    if cap is None:
+        return x, 1.0
+    share = jnp.tanh(x / cap)
+    return cap * share, 1 - jnp.square(share)
+
+
 def gated(
     config: DecoderConfig, gate: Float[Array, "B T F"], up: Float[Array, "B T F"]
 ) -> Float[Array, "B T F"]:
