@@ -90,9 +90,6 @@ def absent_devices(platform: str, topology: str | None = None) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    from gradjax.model import attention
-
-    attention.CHUNKS["cpu"] = attention.CHUNKS["gpu" if platform == "cuda" else platform]
     jax.config.update("jax_platforms", "cpu")
     options = {"target_config": _H100, "topology": "1x1x8"} if platform == "cuda" else {}
     try:

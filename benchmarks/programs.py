@@ -18,7 +18,7 @@ from gradjax.gradients import dense, factored
 from gradjax.gradients.factored import HEAD_CHUNK
 from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
-from gradjax.model.decoder import BlockActivations, Decoder
+from gradjax.model.decoder import BlockActivations, Decoder, layer_windows
 from gradjax.model.parallel import weight_sharding
 from gradjax.model.parameters import all_parameters
 from gradjax.sharding import DATA, EVERYWHERE, EXAMPLES
@@ -42,6 +42,10 @@ class Program:
     float64: bool = False
     # Mean number of turns of loops whose length the compiler does not know.
     turns: float = 1.0
+
+    def results(self) -> Any:
+        """The shapes of what it returns."""
+        return self.function.trace(*self.arguments).out_info
 
     def lower(self, platform: str | None = None) -> Lowered:
         """For a platform (`tpu`, `cuda`, `cpu`); for that of the mesh's devices if None."""
@@ -80,20 +84,19 @@ def programs(
     masks = {p: array(rows, length, dtype=jnp.bool_) for p in PROJECTIONS}
     x = array(rows, length, config.hidden_size)
     rope = array(2, length, config.head_dim // 2, dtype=jnp.float32, spec=EVERYWHERE)
-    rest = (rope, array(dtype=jnp.int32, spec=EVERYWHERE))
+    window = layer_windows(config, length)[0]
     embedding = decoder.embedding.get_value()
     table = embedding if config.tied_embeddings else decoder.head.get_value()
     final = decoder.final_norm.get_value()
 
-    forward = Program(factored._block_forward, (mesh, config, block, x, *rest))
-    kept = jax.eval_shape(partial(forward.function, mesh, config), block, x, *rest)[1]
+    forward = Program(factored._block_forward, (mesh, config, block, x, rope, window))
+    kept = forward.results()[1]
     specs: Any = factored._activation_specs(mesh, config)
     kept = BlockActivations(*map(place, kept, specs))
-    backward = Program(factored._block_backward, (mesh, config, block, kept, x, *rest))
-    shapes = jax.eval_shape(partial(backward.function, mesh, config), *backward.arguments[2:])
-    factors = place(shapes[1])
-    formed = jax.eval_shape(partial(measures.form_gradients, projections=PROJECTIONS), factors)
-    gradients, scales = place(formed)
+    backward = Program(factored._block_backward, (mesh, config, block, kept, x, rope, window))
+    factors = place(backward.results()[1])
+    formed = Program(measures.form_gradients, (factors, PROJECTIONS))
+    gradients, scales = place(formed.results())
     rope_tables = jax.jit(
         factored._rope_tables,
         static_argnums=(0, 1),
@@ -104,7 +107,7 @@ def programs(
 
     per_layer = partial(Program, calls=layers)
     chunks = -(-length // CHUNKS[platform])
-    through_block = partial(per_layer, turns=(chunks + 1) / 2)  # the key chunks that a query sees
+    through_block = partial(per_layer, turns=(chunks - 1) / 2)  # key chunks before a query chunk
     found = {
         "rope_tables": Program(rope_tables, (config, length)),
         "embed": Program(factored._embed, (mesh, config, embedding, tokens)),
@@ -113,7 +116,7 @@ def programs(
         "head": Program(factored._head_gradient, head, turns=-(-own_tokens // HEAD_CHUNK)),
         "block_backward": through_block(backward.function, backward.arguments),
         "mask_factors": per_layer(factored.mask_factors, (factors, masks)),
-        "form_gradients": per_layer(measures.form_gradients, (factors, PROJECTIONS)),
+        "form_gradients": per_layer(formed.function, formed.arguments),
         "entry_measures": per_layer(measures.entry_measures, (gradients, scales)),
         # The largest of a layer's cosines: two within it, four with the layer above.
         "cosine": Program(measures.cosine, (gradients["q"], gradients["o"]), calls=6 * layers),

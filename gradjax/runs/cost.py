@@ -19,7 +19,7 @@ from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
 from gradjax.device import Device
 from gradjax.errors import GradjaxError
-from gradjax.gradients.factored import HEAD_CHUNK, activation_bytes
+from gradjax.gradients.factored import HEAD_CHUNK, VOCABULARY_CHUNK, activation_bytes
 from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
 from gradjax.model.layers import einsum
@@ -46,7 +46,7 @@ class _Holds(NamedTuple):
 
 # Read off programs that were compiled for v5e, H100 and a CPU. A TPU's compiler keeps in its vector
 # memory (128 MiB) what it can.
-_HOLDS = {"cpu": _Holds(2, 4, 3, 3), "gpu": _Holds(2, 2, 0, 3), "tpu": _Holds(1, 1, 0, 1)}
+_HOLDS = {"cpu": _Holds(2, 4, 4, 4), "gpu": _Holds(2, 2, 0, 3), "tpu": _Holds(1, 1, 0, 1)}
 # Compiled for one padded shape: 20 to 34 MiB at the widths of 0.5B to 7B; elsewhere it is small.
 _CODE = {"tpu": 24 * 2**20}
 
@@ -209,7 +209,8 @@ def workspaces(
     )
     table = all_parameters(model)["embedding"]
     whole_table = itemsize * (math.prod(table.shape(model)) - _part(model, table, mesh))
-    logits = 4 * min(HEAD_CHUNK, tokens) * model.vocab_size
+    targets = min(HEAD_CHUNK, tokens)
+    logits = 4 * targets * min(VOCABULARY_CHUNK, model.vocab_size)
     mlp = tokens * (holds.mlp * sizes["F"] + holds.stream * sizes["D"]) * itemsize
     chunk = -(-batch.length // -(-batch.length // CHUNKS[platform]))
     attention = (
@@ -224,7 +225,7 @@ def workspaces(
         decomposing = width * (tokens * (sizes["D"] + sizes["Q"]) + stages * rows * core**2)
     return {
         "embed": whole_table,
-        "head": whole_table + holds.logits * logits,
+        "head": whole_table + holds.logits * logits + 4 * 4 * targets * sizes["D"],
         "block_backward": gathered + max(mlp, attention),
         "spectra": decomposing,
     }
