@@ -164,7 +164,7 @@ def test_plan_of_the_demo_reads_no_weights_and_writes_nothing(monkeypatch, capsy
     ("mebibytes", "remedy"),
     [
         (12, "--batch_tokens=512"),
-        (2, "--dtype=bfloat16 --batch_tokens=1"),
+        (3, "--dtype=bfloat16 --batch_tokens=1"),
         (1, "larger or more devices"),
     ],
 )

@@ -36,17 +36,25 @@ _USABLE = 0.95
 
 
 class _Holds(NamedTuple):
-    """How many arrays of a kind a platform's compiled programs hold at once, at the most."""
+    """What a platform's compiled backward pass holds at once, at the fullest moments of its halves.
 
-    logits: int  # of a chunk of target tokens
-    mlp: int  # of the MLP's width, in the backward pass
-    stream: int  # of the model's width, beside them
-    scores: int  # of a chunk of attention's queries and one of its keys
+    Of the MLP: arrays of its width, and of the stream's. Of attention: bytes per pair of a query
+    and a key of one chunk (float32, bfloat16), and arrays of the stream's width.
+    """
+
+    mlp: int
+    mlp_stream: int
+    scores: tuple[int, int]
+    attention_stream: int
 
 
-# Read off programs that were compiled for v5e, H100 and a CPU. A TPU's compiler keeps in its vector
-# memory (128 MiB) what it can.
-_HOLDS = {"cpu": _Holds(2, 4, 4, 4), "gpu": _Holds(2, 2, 0, 3), "tpu": _Holds(1, 1, 0, 1)}
+# Read off programs compiled for a CPU, H100 and v5e, whose compiler keeps in its vector memory what
+# fits there.
+_HOLDS = {
+    "cpu": _Holds(4, 4, (16, 16), 4),
+    "gpu": _Holds(2, 0, (8, 12), 2),
+    "tpu": _Holds(1, 1, (8, 8), 1),
+}
 # Compiled for one padded shape: 20 to 34 MiB at the widths of 0.5B to 7B; elsewhere it is small.
 _CODE = {"tpu": 24 * 2**20}
 
@@ -209,13 +217,13 @@ def workspaces(
     )
     table = all_parameters(model)["embedding"]
     whole_table = itemsize * (math.prod(table.shape(model)) - _part(model, table, mesh))
-    targets = min(HEAD_CHUNK, tokens)
-    logits = 4 * targets * min(VOCABULARY_CHUNK, model.vocab_size)
-    mlp = tokens * (holds.mlp * sizes["F"] + holds.stream * sizes["D"]) * itemsize
+    stream = tokens * sizes["D"] * itemsize
+    mlp = tokens * sizes["F"] * itemsize * holds.mlp + stream * holds.mlp_stream
     chunk = -(-batch.length // -(-batch.length // CHUNKS[platform]))
-    attention = (
-        holds.scores * 4 * rows * model.num_heads * chunk**2 + tokens * sizes["D"] * itemsize
-    )
+    scores = rows * model.num_heads * chunk**2 * holds.scores[itemsize < 4]
+    attention = scores + stream * holds.attention_stream
+    targets, entries = min(HEAD_CHUNK, tokens), min(VOCABULARY_CHUNK, model.vocab_size)
+    logits = 2 * 4 * targets * entries + (4 * 4 * targets + itemsize * entries) * sizes["D"]
     decomposing = 0
     if not decomposes_on_host(platform):
         # Copies of X and of one Δ, in float64 for the Gram matrices, and the core on its way to its
@@ -225,7 +233,7 @@ def workspaces(
         decomposing = width * (tokens * (sizes["D"] + sizes["Q"]) + stages * rows * core**2)
     return {
         "embed": whole_table,
-        "head": whole_table + holds.logits * logits + 4 * 4 * targets * sizes["D"],
+        "head": whole_table + logits,
         "block_backward": gathered + max(mlp, attention),
         "spectra": decomposing,
     }
