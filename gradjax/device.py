@@ -68,8 +68,17 @@ _BATCH_TOKENS = {"cpu": 2048}
 
 
 _ACCELERATOR_BATCH_TOKENS = 16384
+# What a device computes while a shape's programs are compiled: 2 s of two CPU cores on a small
+# model (benchmarks/RESULTS.md), on accelerators assumed to be 5 s at 20 TFLOP/s.
+_COMPILING_FLOPS = {"cpu": 5e10}
+_ACCELERATOR_COMPILING_FLOPS = 1e14
 
 
 def default_batch_tokens() -> int:
     """Padded tokens per batch and device on this backend."""
     return _BATCH_TOKENS.get(jax.default_backend(), _ACCELERATOR_BATCH_TOKENS)
+
+
+def compiling_flops() -> float:
+    """FLOPs that a device of this backend gives up for one more shape of a batch."""
+    return _COMPILING_FLOPS.get(jax.default_backend(), _ACCELERATOR_COMPILING_FLOPS)
