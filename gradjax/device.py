@@ -15,6 +15,10 @@ from gradjax.errors import GradjaxError, out_of_memory
 # Tokens per batch: enough to fill the device's matrix units, little enough for its memory.
 _BATCH_TOKENS = {"cpu": 2048}
 _ACCELERATOR_BATCH_TOKENS = 16384
+# What a device computes while a shape's programs are compiled: 2 s of two CPU cores on a small
+# model (benchmarks/RESULTS.md), on accelerators assumed to be 5 s at 20 TFLOP/s.
+_COMPILING_FLOPS = {"cpu": 5e10}
+_ACCELERATOR_COMPILING_FLOPS = 1e14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Device:
     def batch_tokens(self) -> int:
         """Padded tokens per batch and device, if the user names none."""
         return _BATCH_TOKENS.get(self.platform, _ACCELERATOR_BATCH_TOKENS)
+
+    @property
+    def compiling_flops(self) -> float:
+        """FLOPs that the device gives up for one more shape of a batch."""
+        return _COMPILING_FLOPS.get(self.platform, _ACCELERATOR_COMPILING_FLOPS)
 
 
 def local_device() -> Device:

@@ -155,7 +155,8 @@ def test_plan_of_the_demo_reads_no_weights_and_writes_nothing(monkeypatch, capsy
     monkeypatch.chdir(tmp_path)  # where a run would write to runs/demo
     print_plan(RunConfig(limit=5, batch_tokens=256, mesh="data:2,fsdp:2"))
     text = capsys.readouterr().out
-    for word in ("rows        15", "padding", "batches", "4 (data:2,fsdp:2,tensor:1)", "weights"):
+    words = ("rows        15", "padding", "batches", "4 (data:2,fsdp:2,tensor:1)", "weights")
+    for word in (*words, "shapes      1; 3 would pad"):
         assert word in text
     assert not list(tmp_path.iterdir())
 
@@ -189,7 +190,7 @@ def test_weights_of_registered_sizes():
 def test_truncated_rows_are_planned_as_cut(capsys):
     config = RunConfig(limit=1, tokens=TokenConfig(max_length=33))
     print_plan(config)
-    assert "of 3 × 64 tokens" in capsys.readouterr().out
+    assert "of 3 × 40 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

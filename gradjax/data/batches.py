@@ -1,16 +1,19 @@
 """Rows of similar length go together, in few padded shapes: each shape is compiled once."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 
 from gradjax.structs import TokenBatch, TokenizedExample
 
-MULTIPLE = 32  # padded lengths are multiples of this
-MAX_BUCKETS = 6  # padded lengths in one call
+# Padded lengths are multiples of this: a TPU's tile, a tensor core's and a CPU's vector.
+MULTIPLE = 8
+MAX_SHAPES = 24  # in one call: their programs are held side by side
 PAD_ID = 0  # any token will do: padding carries no loss and no real token sees it
+# Padded lengths to each doubling, so that there are never too many to choose from: what is
+# lost, half a 128th of a length, is less than another shape would win.
+_FINENESS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,31 +25,76 @@ class BatchSpec:
     size: int  # slots, B ≥ len(rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """What bounds a batch, on one device and on all."""
+
+    tokens: int
+    rows: int | None
+    devices: int
+
+    def split(self, rows: np.ndarray, length: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """(number of batches, slots in each) for numbers of rows, at least one, of one length.
+
+        As few batches as the limits allow, and those evenly full.
+        """
+        most = np.maximum(self.tokens // length, 1)
+        if self.rows:
+            most = np.minimum(most, self.rows)
+        batches = -(-rows // (most * self.devices))
+        return batches, -(-rows // (batches * self.devices)) * self.devices
+
+
 def batch_by_length(
-    lengths: Sequence[int], batch_tokens: int, max_rows: int | None = None, devices: int = 1
+    lengths: Sequence[int],
+    batch_tokens: int,
+    max_rows: int | None = None,
+    devices: int = 1,
+    *,
+    max_shapes: int = MAX_SHAPES,
+    shape_tokens: float = 0,
 ) -> list[BatchSpec]:
     """Puts every row in one batch of at most `batch_tokens` padded tokens a device, longest first.
 
-    `lengths` are in tokens; `max_rows` is of one device, and every device has as many slots. At
-    most MAX_BUCKETS padded lengths are used, chosen to pad least, and all batches of one padded
-    length have one size; on one device, a bucket with n batches has at most n - 1 filler slots. A
+    Rows are sorted by length and cut where the fewest padded tokens follow, filler included. A
     row longer than `batch_tokens` is alone on its device. Memory problems show in the first batch
     rather than at the end.
+
+    Args:
+      lengths: in tokens.
+      max_rows: of a batch on one device; every device has as many slots.
+      max_shapes: pairs of size and padded length, each with a length of its own.
+      shape_tokens: what compiling a shape costs, in padded tokens: where one more saves fewer,
+        there are fewer than `max_shapes`.
     """
-    split = partial(_split, batch_tokens=batch_tokens, max_rows=max_rows, devices=devices)
     if not lengths:
         return []
-    buckets = np.asarray(_length_buckets(lengths, split))
-    bucket_of_row = buckets[np.searchsorted(buckets, lengths)]
-    specs = []
-    for length in reversed(buckets.tolist()):
-        rows = np.flatnonzero(bucket_of_row == length)
-        size = int(split(np.asarray(len(rows)), length)[1])
-        specs += [
-            BatchSpec(tuple(rows[i : i + size].tolist()), length, size)
-            for i in range(0, len(rows), size)
-        ]
+    limits = _Limits(batch_tokens, max_rows, devices)
+    padded = round_up(np.maximum(lengths, 1), MULTIPLE, _FINENESS)
+    order = np.argsort(-padded, kind="stable")
+    ascending = padded[order[::-1]]
+    specs: list[BatchSpec] = []
+    start = 0
+    for shorter, length in _shape_lengths(padded, limits, max_shapes, shape_tokens):
+        count = len(order) - int(np.searchsorted(ascending, shorter, "right")) - start
+        if count <= 0:
+            continue  # all of them have filled slots of longer batches
+        batches, size = (int(n) for n in limits.split(np.asarray(count), length))
+        for _ in range(batches):
+            # What would be filler takes the longest of the shorter rows.
+            specs.append(BatchSpec(tuple(order[start : start + size].tolist()), length, size))
+            start += size
     return specs
+
+
+def round_up(n: np.ndarray, least: int, fineness: int) -> np.ndarray:
+    """The next of few numbers: multiples of `least`, but only `fineness` to each doubling.
+
+    `least` and `fineness` are powers of two; `n` is at least 1.
+    """
+    doubling = np.frexp(n - 1)[1]  # n ≤ 2**doubling
+    step = np.maximum(least, (1 << doubling) // (2 * fineness))
+    return -(-n // step) * step
 
 
 def make_batch(spec: BatchSpec, tokenized: Sequence[TokenizedExample]) -> TokenBatch:
@@ -61,48 +109,32 @@ def make_batch(spec: BatchSpec, tokenized: Sequence[TokenizedExample]) -> TokenB
     return TokenBatch(spec.rows, tokens, targets, lengths)
 
 
-def _split(
-    rows: np.ndarray, length: int, batch_tokens: int, max_rows: int | None, devices: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(number of batches, slots in each) for numbers of rows of one padded length.
+def _shape_lengths(
+    padded: np.ndarray, limits: _Limits, max_shapes: int, shape_tokens: float
+) -> list[tuple[int, int]]:
+    """(longest that is shorter, length) of the shapes that need the fewest tokens, descending.
 
-    As few batches as the budget allows, and those evenly full.
+    Exact for rows that keep to their shape, by dynamic programming: cost[j] is the least number
+    of tokens of the j shortest distinct lengths in so many shapes; one shape more takes lengths
+    i to j - 1 up to the last of them.
     """
-    most = min(max(batch_tokens // length, 1), max_rows or batch_tokens) * devices
-    batches = -(-rows // most)
-    return batches, -(-rows // (batches * devices)) * devices
-
-
-def _length_buckets(
-    lengths: Sequence[int], split: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-) -> list[int]:
-    """The padded lengths, ascending, that need the fewest tokens with padding and filler.
-
-    Exact, by dynamic programming: cost[j] is the least number of tokens for the j shortest
-    distinct lengths with the buckets so far; one more bucket takes lengths i to j - 1 up to the
-    last of them.
-    """
-    padded = -(-np.maximum(lengths, 1) // MULTIPLE) * MULTIPLE
     steps, counts = np.unique(padded, return_counts=True)
-    rows_below = np.concatenate([[0], np.cumsum(counts)])
+    ends = np.cumsum(counts)
+    rows = ends - (ends - counts)[:, None]  # [i, j - 1] of the lengths i to j - 1
+    batches, slots = limits.split(np.maximum(rows, 1), steps)
+    tokens = np.where(rows > 0, batches * slots * steps + shape_tokens, np.inf)
     cost = np.full(len(steps) + 1, np.inf)
     cost[0] = 0
-    origins = []
-    for _ in range(min(MAX_BUCKETS, len(steps))):
-        origin = np.zeros(len(steps) + 1, np.int64)
-        next_cost = cost.copy()
-        for j, length in enumerate(steps.tolist(), start=1):
-            rows = rows_below[j] - rows_below[:j]
-            batches, slots = split(rows, length)
-            options = cost[:j] + batches * slots * length
-            origin[j] = np.argmin(options)
-            next_cost[j] = options[origin[j]]
+    origins, totals = [], []
+    for _ in range(min(max_shapes, len(steps))):
+        options = cost[:-1, None] + tokens
+        origin = options.argmin(axis=0)
+        cost = np.append(np.inf, options[origin, np.arange(len(steps))])
         origins.append(origin)
-        cost = next_cost
-    buckets: list[int] = []
-    end = len(steps)
-    for origin in reversed(origins):
-        if end:
-            buckets.append(int(steps[end - 1]))
-            end = int(origin[end])
-    return buckets[::-1]
+        totals.append(cost[-1])
+    found, end = [], len(steps)
+    for origin in reversed(origins[: int(np.argmin(totals)) + 1]):
+        start = int(origin[end - 1])
+        found.append((int(steps[start - 1]) if start else 0, int(steps[end - 1])))
+        end = start
+    return found

@@ -8,24 +8,20 @@ from functools import partial
 from jax.sharding import Mesh
 
 from gradjax.config import RunConfig, SpectraConfig
-from gradjax.data.batches import MULTIPLE, BatchSpec, batch_by_length
+from gradjax.data.batches import MAX_SHAPES, MULTIPLE, BatchSpec, batch_by_length
 from gradjax.device import Device
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.parameters import block_parameters
-from gradjax.runs.cost import (
-    Plan,
-    fits,
-    make_plan,
-)
-from gradjax.runs.inputs import (
-    Inputs,
-)
+from gradjax.runs.cost import Plan, batch_flops, fits, make_plan
+from gradjax.runs.inputs import Inputs
 from gradjax.sharding import DATA, local_slots, parse_mesh
 from gradjax.structs import TokenizedExample
 
 # Share of the device's memory that whole gradients may take.
 _GRADIENTS_SHARE = 0.15
+# Numbers of shapes that `--plan` tells the padding of.
+_SHAPES_TOLD = (6, 12, MAX_SHAPES)
 
 
 def lay_out(config: RunConfig, inputs: Inputs, device: Device, devices: int) -> Plan:
@@ -108,6 +104,7 @@ def batch_rows(
     batch_tokens: int | None = None,
     devices: int = 1,
     among: Sequence[int] | None = None,
+    shapes: int | None = None,
 ) -> list[BatchSpec]:
     """Batches of the `ok` examples; their rows are positions in `tokenized`.
 
@@ -116,15 +113,19 @@ def batch_rows(
       batch_tokens: padded tokens per batch and device; by kind if None.
       devices: each has its share of a batch's examples.
       among: the positions to choose from; all if None.
+      shapes: at most so many, whatever compiling costs; as many as pay if None.
     """
     among = range(len(tokenized)) if among is None else among
     positions = [i for i in among if tokenized[i].status == "ok"]
     layers = len(config.layer_numbers(model.num_layers)) if _holds_all_layers(config) else 2
+    lengths = [tokenized[i].num_tokens for i in positions]
     specs = batch_by_length(
-        [tokenized[i].num_tokens for i in positions],
+        lengths,
         batch_tokens or device.batch_tokens,
         _most_rows(model, layers, device),
         devices,
+        max_shapes=shapes or MAX_SHAPES,
+        shape_tokens=0 if shapes else _shape_tokens(model, config, lengths, device, devices),
     )
     return [
         dataclasses.replace(spec, rows=tuple(positions[row] for row in spec.rows)) for spec in specs
@@ -146,6 +147,43 @@ def unfinished(
     if any(done.intersection(batch.rows) for batch in left):
         return batch_among(sorted(i for batch in left for i in batch.rows if i not in done))
     return left
+
+
+def format_shapes(config: RunConfig, inputs: Inputs, plan: Plan) -> str:
+    """How many shapes a plan has, and what others would pad, for a terminal."""
+    devices = math.prod(plan.mesh.values())
+    trade = {}
+    for most in _SHAPES_TOLD:
+        batches = batch_rows(
+            inputs.tokenized,
+            config.spectra,
+            inputs.model,
+            plan.device,
+            config.batch_tokens,
+            devices,
+            shapes=most,
+        )
+        padded = sum(batch.size * batch.length for batch in batches)
+        trade[_count_shapes(batches)] = 1 - plan.tokens / max(padded, 1)
+    others = ", ".join(f"{shapes} would pad {padding:.1%}" for shapes, padding in trade.items())
+    return f"shapes      {_count_shapes(plan.batches)}; {others}"
+
+
+def _count_shapes(batches: Sequence[BatchSpec]) -> int:
+    return len({(batch.size, batch.length) for batch in batches})
+
+
+def _shape_tokens(
+    model: DecoderConfig,
+    config: SpectraConfig,
+    lengths: Sequence[int],
+    device: Device,
+    devices: int,
+) -> float:
+    """Padded tokens that all devices could compute while one more shape is compiled."""
+    mean = BatchSpec((), -(-sum(lengths) // max(len(lengths), 1)) or 1, 1)
+    flops = batch_flops(model, config, mean, keeps_activations=True)
+    return devices * device.compiling_flops * mean.length / flops
 
 
 def _holds_all_layers(config: SpectraConfig) -> bool:

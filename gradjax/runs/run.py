@@ -28,7 +28,14 @@ from gradjax.runs.inputs import (
     read_inputs,
     require_rows,
 )
-from gradjax.runs.layout import lay_out, local_rows, remedies, row_batches, unfinished
+from gradjax.runs.layout import (
+    format_shapes,
+    lay_out,
+    local_rows,
+    remedies,
+    row_batches,
+    unfinished,
+)
 from gradjax.runs.manifest import describe_invocation, describe_machine, manifest, number_settings
 from gradjax.runs.progress import BackgroundWriter, shards, with_progress
 from gradjax.sharding import make_mesh
@@ -136,6 +143,7 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
             f"--topology={topology} has {devices}; give sizes whose product is {devices}"
         )
     print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype)))
+    print(format_shapes(config, inputs, planned))
     require_fit(planned, remedies(config, inputs, device, planned.mesh))
 
 

@@ -16,7 +16,7 @@ from gradjax.checkpoints.gpt2 import is_gpt2, load_gpt2, read_gpt2_config
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.pretrained import load_weights
 from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenizer, resolve
-from gradjax.data.batches import BatchSpec, batch_by_length, make_batch
+from gradjax.data.batches import BatchSpec, batch_by_length, make_batch, round_up
 from gradjax.device import local_device, memory_faults
 from gradjax.errors import GradjaxError
 from gradjax.gradients.factored import HEAD_CHUNK
@@ -26,6 +26,8 @@ from gradjax.structs import TokenBatch, TokenizedExample
 GPT2 = "gpt2"
 _GPT2_REPO = "openai-community/gpt2"
 _FLAG = "ifd_model"
+_SHAPES = 6  # in one call
+_FINENESS = 4  # sizes and padded lengths to each doubling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +127,10 @@ def _check(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> None:
 
 def recurring_batches(lengths: Sequence[int]) -> list[BatchSpec]:
     """Batches of shapes that recur from call to call: each new one costs a compilation."""
-    specs = batch_by_length([_round_up(n, 32) for n in lengths], local_device().batch_tokens)
-    return [dataclasses.replace(spec, size=_round_up(spec.size, 1)) for spec in specs]
-
-
-def _round_up(n: int, least: int) -> int:
-    """The next of few numbers: multiples of `least`, but only four to each doubling."""
-    step = max(least, 2 ** max((n - 1).bit_length() - 3, 0))
-    return -(-n // step) * step
+    rounded = round_up(np.asarray(lengths, np.int64), 32, _FINENESS).tolist()
+    specs = batch_by_length(rounded, local_device().batch_tokens, max_shapes=_SHAPES)
+    sizes = round_up(np.asarray([spec.size for spec in specs], np.int64), 1, _FINENESS).tolist()
+    return [dataclasses.replace(spec, size=size) for spec, size in zip(specs, sizes, strict=True)]
 
 
 def _batch_means(model: LanguageModel, batch: TokenBatch) -> np.ndarray:

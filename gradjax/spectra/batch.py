@@ -5,6 +5,7 @@ written once.
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -200,48 +201,90 @@ def _rows(
     cosines: list[tuple[Similarity, jax.Array]],
     settings: BatchConfig,
 ) -> list[RowSpectra]:
-    """Per-layer arrays over the batch, turned into per-row results."""
+    """Per-layer arrays over the batch, turned into per-row results.
+
+    Numbers are worked out for all rows and layers of a projection at once: one Python thread has
+    to keep up with all cores.
+    """
     slots = local_slots(mesh, len(batch.lengths))
     rows = [batch.rows[slot] for slot in slots if slot < len(batch.rows)]  # no filler
+    if not rows:
+        return []
     loss = local_examples(losses)[: len(rows)].astype(np.float64)
-    spectra: list[list[Spectrum]] = [[] for _ in rows]
     finite = np.isfinite(loss)
-    for layer in measured:
-        values = layer.wait_for_values()
-        entries = jax.tree.map(local_examples, layer.entries)
-        for projection in settings.projections:
-            for i, row_spectra in enumerate(spectra):
-                at = {name: float(array[i]) for name, array in entries[projection].items()}
-                spectrum = _spectrum(layer.index, projection, values[projection][i], at)
-                finite[i] &= np.isfinite([spectrum.nuclear_norm, *at.values()]).all()
-                row_spectra.append(spectrum)
+    values = [layer.wait_for_values() for layer in measured]
+    layers = [layer.index for layer in measured]
+    by_projection = []
+    for projection in settings.projections:
+        own = [layer[projection][: len(rows)] for layer in values]
+        numbers = _numbers(own, [layer.entries[projection] for layer in measured])
+        for name in ("nuclear_norm", "mean", "max", "min"):
+            finite &= np.isfinite(numbers[name]).all(axis=0)
+        by_projection.append(_spectra(projection, layers, own, numbers))
 
-    similarity: list[list[Similarity]] = [[] for _ in rows]
     order = {"same_layer": 0, "cross_layer": 1}
-    for pair, array in sorted(
+    cosines = sorted(
         cosines, key=lambda item: (order[item[0].kind], item[0].layer_a, item[0].layer_b)
-    ):
-        values = local_examples(array)[: len(rows)]
-        for row_similarity, value in zip(similarity, values, strict=True):
-            cosine = float(value) if np.isfinite(value) else None
-            row_similarity.append(dataclasses.replace(pair, cosine=cosine))
+    )
+    pairs = [(pair.kind, pair.projection, pair.layer_a, pair.layer_b) for pair, _ in cosines]
+    similarity = [local_examples(array)[: len(rows)] for _, array in cosines]
+    similarity = _or_none(np.reshape(similarity, (-1, len(rows)))).T.tolist()
     return [
-        RowSpectra(row, float(loss[i]), bool(finite[i]), tuple(spectra[i]), tuple(similarity[i]))
+        RowSpectra(
+            row,
+            float(loss[i]),
+            bool(finite[i]),
+            tuple(itertools.chain(*zip(*(spectra[i] for spectra in by_projection), strict=True))),
+            tuple(Similarity(*pair, of) for pair, of in zip(pairs, similarity[i], strict=True)),
+        )
         for i, row in enumerate(rows)
     ]
 
 
-def _spectrum(
-    layer: int, projection: Projection, values: np.ndarray, entries: dict[str, float]
-) -> Spectrum:
-    rank = float(measures.effective_rank(values))
-    return Spectrum(
-        layer=layer,
-        projection=projection,
-        nuclear_norm=float(measures.nuclear_norm(values)),
-        effective_rank=None if np.isnan(rank) else rank,
-        frobenius_norm=float(measures.frobenius_norm(values)),
-        spectral_norm=float(values[0]),
-        singular_values=values,
-        **entries,
-    )
+def _numbers(
+    values: list[list[np.ndarray]], entries: list[measures.Measures]
+) -> dict[str, np.ndarray]:
+    """What is said of a projection's gradients: the fields of `Spectrum` in order, float64 [L, B].
+
+    Args:
+      values: singular values [R] of each layer and row.
+      entries: mean, maximum and minimum of each layer, [≥ B]; more than the rows is filler.
+    """
+    layers, rows = len(values), len(values[0])
+    flat = [row_values for layer in values for row_values in layer]
+    # Rows have different R, and zeros behind the last value add nothing.
+    padded = np.zeros((layers * rows, max(map(len, flat))))
+    for row, row_values in zip(padded, flat, strict=True):
+        row[: len(row_values)] = row_values
+    padded = padded.reshape(layers, rows, -1)
+    return {
+        "nuclear_norm": np.asarray(measures.nuclear_norm(padded)),
+        "effective_rank": _or_none(np.asarray(measures.effective_rank(padded))),
+        "frobenius_norm": np.asarray(measures.frobenius_norm(padded)),
+        "spectral_norm": padded[..., 0],
+    } | {
+        name: np.stack([local_examples(layer[name])[:rows] for layer in entries]).astype(np.float64)
+        for name in ("mean", "max", "min")
+    }
+
+
+def _spectra(
+    projection: Projection,
+    layers: list[int],
+    values: list[list[np.ndarray]],
+    numbers: dict[str, np.ndarray],
+) -> list[list[Spectrum]]:
+    """A projection's spectra of each row, layer by layer; arguments as of `_numbers`."""
+    by_row = zip(*(array.T.tolist() for array in numbers.values()), strict=True)
+    return [
+        [
+            Spectrum(layer, projection, *own, singular_values=of[i])
+            for layer, of, *own in zip(layers, values, *columns, strict=True)
+        ]
+        for i, columns in enumerate(by_row)
+    ]
+
+
+def _or_none(array: np.ndarray) -> np.ndarray:
+    """Objects: floats, None where there is no finite one."""
+    return np.where(np.isfinite(array), array.astype(np.float64), None)

@@ -25,7 +25,8 @@ def effective_rank(values: Float[np.ndarray, "*B R"]) -> Float[np.ndarray | np.f
     total = values.sum(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         p = values / total
-        return np.exp(-np.where(p > 0, p * np.log(p), 0 * p).sum(axis=-1))
+    # 0 ln 0 = 0, and NaN stays NaN.
+    return np.exp(-np.einsum("...r,...r->...", p, np.log(np.where(p > 0, p, 1))))
 
 
 def frobenius_norm(values: Float[np.ndarray, "*B R"]) -> Float[np.ndarray | np.floating, "*B"]:
@@ -33,7 +34,8 @@ def frobenius_norm(values: Float[np.ndarray, "*B R"]) -> Float[np.ndarray | np.f
     values = np.asarray(values, np.float64)
     largest = values.max(axis=-1, initial=0, keepdims=True)
     scale = np.where(largest > 0, largest, 1)
-    return scale[..., 0] * np.sqrt(np.square(values / scale).sum(axis=-1))
+    scaled = values / scale
+    return scale[..., 0] * np.sqrt(np.einsum("...r,...r->...", scaled, scaled))
 
 
 # projection -> the gradients of a batch in one layer, [B, O, I]

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -370,26 +371,28 @@ def _examples_table(results: Sequence[ExampleResult]) -> pa.Table:
 
 
 def _spectra_table(results: Sequence[ExampleResult], singular_values: bool) -> pa.Table:
-    rows = [(_key(result), spectrum) for result in results for spectrum in result.spectra]
-    lists = pa.nulls(len(rows))
+    columns = _columns("spectra", [(_key(result), result.spectra) for result in results])
+    lists = pa.nulls(len(columns["group"]))
     if singular_values:
-        values = [spectrum.singular_values for _, spectrum in rows]
+        values = [spectrum.singular_values for result in results for spectrum in result.spectra]
         offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
         flat = np.concatenate([np.zeros(0, np.float32), *values], dtype=np.float32)
         lists = pa.ListArray.from_arrays(offsets, flat)
-    return pa.table(_columns("spectra", rows) | {"singular_values": lists}, TABLES["spectra"])
+    return pa.table(columns | {"singular_values": lists}, TABLES["spectra"])
 
 
 def _similarity_table(results: Sequence[ExampleResult]) -> pa.Table:
-    rows = [(_key(result), similarity) for result in results for similarity in result.similarity]
+    rows = [(_key(result), result.similarity) for result in results]
     return pa.table(_columns("similarity", rows), TABLES["similarity"])
 
 
-def _columns(table: str, rows: Sequence[tuple[Key, Any]]) -> dict[str, Any]:
-    """A table's columns but lists, from the objects that are its rows."""
+def _columns(table: str, examples: Sequence[tuple[Key, Sequence[Any]]]) -> dict[str, Any]:
+    """A table's columns but lists, from the objects that are each example's rows."""
     names = [f.name for f in TABLES[table] if not pa.types.is_list(f.type)][2:]
+    rows = [row for _, of in examples for row in of]
+    fields = zip(*map(attrgetter(*names), rows), strict=True) if rows else [()] * len(names)
     return {
-        "group": [group for (group, _), _ in rows],
-        "example_id": [example_id for (_, example_id), _ in rows],
-        **{name: [getattr(row, name) for _, row in rows] for name in names},
+        "group": [group for (group, _), of in examples for _ in of],
+        "example_id": [example_id for (_, example_id), of in examples for _ in of],
+        **dict(zip(names, fields, strict=True)),
     }
