@@ -25,7 +25,14 @@ from gradjax.model.parallel import log_unsplit
 from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, make_mesh, one_device
 from gradjax.spectra import measures
 from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra
-from gradjax.spectra.decompose import decomposer, device_values
+from gradjax.spectra.decompose import (
+    decomposer,
+    device_values,
+    row_operand,
+    row_product,
+    row_triangle,
+)
+from gradjax.spectra.singular_values import Route
 from gradjax.structs import PROJECTIONS, Factors, TokenBatch
 
 ROOT = Path(__file__).parent.parent
@@ -66,9 +73,9 @@ def make_batch() -> TokenBatch:
     return TokenBatch(tuple(range(len(LENGTHS))), tokens, targets, lengths)
 
 
-def spectra_on(mesh: Mesh, directory: Path) -> list[RowSpectra]:
+def spectra_on(mesh: Mesh, directory: Path, route: Route) -> list[RowSpectra]:
     decoder = load_decoder(directory, read_config(directory), jnp.float32, mesh)
-    with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
+    with decomposer(route, PROJECTIONS, mesh, on_host=True) as decompose:
         settings = BatchConfig((0, 1), PROJECTIONS, "all", decompose)
         return batch_spectra(decoder, make_batch(), settings)()
 
@@ -88,12 +95,12 @@ def numbers(rows: list[RowSpectra]) -> dict[str, np.ndarray]:
     }
 
 
-def largest_differences(directory: str, splits: str) -> dict:
+def largest_differences(directory: str, splits: str, route: Route = "gram") -> dict:
     """split -> what -> largest difference from one device."""
-    one = numbers(spectra_on(one_device(), Path(directory)))
+    one = numbers(spectra_on(one_device(), Path(directory), route))
     found = {}
     for split in json.loads(splits):
-        many = numbers(spectra_on(mesh_of(split), Path(directory)))
+        many = numbers(spectra_on(mesh_of(split), Path(directory), route))
         found[str(tuple(split))] = {k: float(np.abs(many[k] - one[k]).max()) for k in one}
     return found
 
@@ -123,10 +130,16 @@ def compiled_collectives() -> dict:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, EXAMPLES))
 
         factors = Factors(**{name: array(batch, tokens, w) for name, w in widths.items()})
-        for route in ("gram", "qr"):
-            with jax.enable_x64(route == "gram"):
-                lowered = device_values.lower(mesh, route, PROJECTIONS, factors)
-            found[f"{route} {tuple(split)}"] = read_program(lowered.compile())
+        with jax.enable_x64(True):
+            lowered = device_values.lower(mesh, PROJECTIONS, factors)
+        found[f"gram {tuple(split)}"] = read_program(lowered.compile())
+        core = array(8, 512, 512)
+        for name, lowered in {
+            "operand": row_operand.lower(mesh, factors.q, None, 0),
+            "triangle": row_triangle.lower(mesh, array(8, 512, 128), 1),
+            "product": row_product.lower(mesh, core, core),
+        }.items():
+            found[f"{name} {tuple(split)}"] = read_program(lowered.compile())
 
         def measure(factors: Factors, contributing: dict):
             factors = mask_factors(factors, contributing)
@@ -158,7 +171,9 @@ def wrong_values(times: str) -> int:
     wrong = 0
     with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
         for _ in range(int(times)):
-            found = decompose(Factors(**place(values)), every)()
+            factors = Factors(**place(values))
+            formed = measures.form_gradients(factors, PROJECTIONS)
+            found = decompose(factors, formed, every)()
             wrong += not all(
                 np.allclose(np.array(found[p])[:, :2], e, rtol=1e-4)
                 for p, e in zip(PROJECTIONS, expected, strict=True)

@@ -150,7 +150,7 @@ def _rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]
 def _embed(mesh: Mesh, config: DecoderConfig, table: Array, tokens: Array) -> Array:
     return _on_mesh(
         mesh,
-        lambda table, tokens: decoder.embed(config, whole_table(config, table), tokens),
+        partial(decoder.embed, config),
         (_table_spec(mesh, config), EXAMPLES),
         EXAMPLES,
     )(table, tokens)

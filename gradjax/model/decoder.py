@@ -135,9 +135,9 @@ class BlockActivations(NamedTuple):
     mlp_out: Float[Array, "B T D"]  # output of down, before any post-norm
 
 
-def embed(config: DecoderConfig, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Array:
-    """Token embeddings, [B, T, D]."""
-    x = jnp.take(table, tokens, axis=0)
+def embed(config: DecoderConfig, table: Float[Array, "_ D"], tokens: Int[Array, "B T"]) -> Array:
+    """Token embeddings, [B, T, D]. The table may be a device's part, inside `jax.shard_map`."""
+    x = parallel.table_rows(config, table, tokens)
     # The factor is rounded to the weights' dtype, as in transformers.
     return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1 else x
 

@@ -330,5 +330,5 @@ def _parts(
     model: DecoderConfig, parameter: Parameter, mesh: dict[str, int], along: Sequence[str]
 ) -> int:
     """How many parts some mesh axes split a weight into."""
-    axes = split_axes(mesh, parameter.axes, parameter.shape(model))
-    return math.prod(mesh[axis] for axis in axes if axis and axis in along)
+    split = split_axes(mesh, parameter.axes, parameter.shape(model))
+    return math.prod(mesh[axis] for mesh_axes in split for axis in mesh_axes if axis in along)

@@ -124,8 +124,8 @@ def _factored_layers(
             if index in settings.layers:
                 tokens = contributing[index]
                 factors = mask_factors(factors, {p: place(mask) for p, mask in tokens.items()})
-                wait = decompose(factors, _own_rows(model.mesh, tokens))
                 unit, scales = measures.form_gradients(factors, settings.projections)
+                wait = decompose(factors, (unit, scales), _own_rows(model.mesh, tokens))
                 yield _Layer(index, unit, scales, wait)
 
     return losses, stream()
