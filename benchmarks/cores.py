@@ -23,6 +23,7 @@ from absl import flags
 from gradjax.cli.app import start
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
+from gradjax.device import local_device
 from gradjax.model.config import DecoderConfig, qwen2_config
 from gradjax.runs.compute import compute_results
 from gradjax.runs.progress import BackgroundWriter, shards
@@ -84,6 +85,7 @@ def measure(workers: int, rows: int, size: int, tokens: int, width: int) -> tupl
     specs = [BatchSpec(tuple(range(size)), tokens, size)] * (rows // size)
     table = SimpleNamespace(dtype=np.dtype(np.float32))
     model: Any = SimpleNamespace(mesh=one_device(), config=model_config(width), embedding=table)
+    device = local_device()
     factors = partial(stand_in, random_factors(size, tokens, width))
     with (
         mock.patch("os.sched_getaffinity", return_value=range(workers)),
@@ -93,10 +95,11 @@ def measure(workers: int, rows: int, size: int, tokens: int, width: int) -> tupl
     ):
         store.write_manifest({"settings": {}})
         timed: Any = TimedStore(store)
-        list(compute_results(model, [row] * size, SpectraConfig(), specs[:1]))  # compiles
+        list(compute_results(model, [row] * size, SpectraConfig(), specs[:1], device))  # compiles
         started, main, threads = time.perf_counter(), time.thread_time(), time.process_time()
         with BackgroundWriter(timed, singular_values=True) as writer:
-            for shard in shards(compute_results(model, [row] * size, SpectraConfig(), specs)):
+            found = compute_results(model, [row] * size, SpectraConfig(), specs, device)
+            for shard in shards(found):
                 writer.append(shard)
         seconds = time.perf_counter() - started
         cpu = (time.thread_time() - main, timed.seconds, time.process_time() - threads)

@@ -24,7 +24,14 @@ from gradjax.model.parameters import all_parameters
 from gradjax.sharding import DATA, EVERYWHERE, EXAMPLES
 from gradjax.spectra import measures
 from gradjax.spectra.batch import dense_singular_values
-from gradjax.spectra.decompose import allowed_routes, device_values
+from gradjax.spectra.decompose import (
+    allowed_routes,
+    device_values,
+    row_operand,
+    row_product,
+    row_triangle,
+)
+from gradjax.spectra.singular_values import PANEL
 from gradjax.structs import PROJECTIONS
 
 # What each device computes of its own examples, without any other.
@@ -121,10 +128,22 @@ def programs(
         # The largest of a layer's cosines: two within it, four with the layer above.
         "cosine": Program(measures.cosine, (gradients["q"], gradients["o"]), calls=6 * layers),
     }
-    for route in allowed_routes(platform):
-        found[f"spectra_{route}"] = per_layer(
-            device_values, (mesh, route, PROJECTIONS, factors), "spectra", float64=route == "gram"
-        )
+    if "gram" in allowed_routes(platform):
+        gram = (mesh, PROJECTIONS, factors, (gradients, scales))
+        found["spectra_gram"] = per_layer(device_values, gram, "spectra", float64=True)
+    # Of each row X and Δ of all projections, or the gradients that are not square.
+    matrix, each = (factors.q, 6) if length <= config.hidden_size else (gradients["k"], 2)
+    of_rows = partial(Program, part="spectra", calls=each * layers * rows // mesh.size)
+    operand = of_rows(row_operand, (mesh, matrix, None, 0))
+    unit = place(operand.results()[0])
+    panels = -(-min(matrix.shape[1:]) // PANEL)
+    triangle = of_rows(row_triangle, (mesh, unit, panels), turns=panels)
+    core = place(triangle.results())
+    found |= {
+        "spectra_qr_operand": operand,
+        "spectra_qr_triangle": triangle,
+        "spectra_qr_product": of_rows(row_product, (mesh, core, core)),
+    }
     if mesh.size == mesh.shape[DATA]:  # it needs all weights on each device
         arguments = (decoder, tokens, masks["q"], tuple(range(layers)), PROJECTIONS)
         found["dense_gradients"] = Program(dense.dense_gradients, arguments, "dense")

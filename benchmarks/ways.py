@@ -33,7 +33,7 @@ from gradjax.runs.cost import fitting_memory
 from gradjax.sharding import place_examples
 from gradjax.spectra import measures
 from gradjax.spectra.batch import BatchConfig, batch_spectra
-from gradjax.spectra.decompose import Decompose, Values, decomposer
+from gradjax.spectra.decompose import Decompose, Formed, Values, decomposer
 from gradjax.structs import PROJECTIONS, Factors, Projection, TokenBatch
 
 FLOORS = ("pass", "grad")
@@ -92,7 +92,7 @@ def _decomposing(way: str, decoder: Decoder) -> Iterator[Decompose | None]:
         yield decompose
 
 
-def _ones(_: Factors, contributing: Contributing) -> Callable[[], Values]:
+def _ones(_: Factors, __: Formed, contributing: Contributing) -> Callable[[], Values]:
     """Stands in for singular values."""
     return lambda: {p: [np.ones(1)] * len(mask) for p, mask in contributing.items()}
 
@@ -261,10 +261,10 @@ def largest_errors(
 
 
 def _values(way: str, decoder: Decoder, factors: Factors, contributing: Contributing) -> Values:
+    unit, scales = measures.form_gradients(factors, PROJECTIONS)
     with _decomposing(way, decoder) as decompose:
         if decompose:
-            return decompose(factors, contributing)()
-    unit, scales = measures.form_gradients(factors, PROJECTIONS)
+            return decompose(factors, (unit, scales), contributing)()
     decompose_all = jax.jit(partial(jnp.linalg.svd, compute_uv=False))
     return {
         p: list(np.asarray(decompose_all(unit[p])) * np.asarray(scales[p])[:, None]) for p in unit

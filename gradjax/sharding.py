@@ -5,6 +5,7 @@ gradients of different examples never meet, so that attention, factors, spectra 
 communication at all. Weights are split along `fsdp` and `tensor` (model/parallel.py).
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,8 +22,16 @@ EXAMPLES = PartitionSpec(AXES)
 # Split columns of the examples of a tensor group.
 GROUP = PartitionSpec((DATA, FSDP), None, TENSOR)
 EVERYWHERE = PartitionSpec()
-# Weight axis -> mesh axis. Vectors (norms, biases) are small and stay whole.
-MESH_AXES = {"D": FSDP, "V": TENSOR, "Q": TENSOR, "C": TENSOR, "F": TENSOR, "1": TENSOR}
+# Weight axis -> mesh axes. Vectors (norms, biases) are small and stay whole, and so does the width
+# of a table over V: gathered along it, a table would have to be transposed.
+MESH_AXES = {
+    "D": (FSDP,),
+    "V": (FSDP, TENSOR),
+    "Q": (TENSOR,),
+    "C": (TENSOR,),
+    "F": (TENSOR,),
+    "1": (TENSOR,),
+}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -65,8 +74,8 @@ def one_device() -> Mesh:
 
 def split_axes(
     sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[int]
-) -> tuple[str | None, ...]:
-    """The mesh axis that each axis of a weight is split along, None where it stays whole.
+) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes that each axis of a weight is split along, none where it stays whole.
 
     Args:
       sizes: of the mesh axes.
@@ -74,10 +83,11 @@ def split_axes(
       shape: of the weight.
     """
     if len(shape) == 1:
-        return (None,)
-    along = (MESH_AXES[axis] for axis in axes)
+        return ((),)
+    along = (() if axis == "D" and "V" in axes else MESH_AXES[axis] for axis in axes)
     return tuple(
-        axis if size % sizes[axis] == 0 else None for axis, size in zip(along, shape, strict=True)
+        mesh_axes if size % math.prod(sizes[axis] for axis in mesh_axes) == 0 else ()
+        for mesh_axes, size in zip(along, shape, strict=True)
     )
 
 

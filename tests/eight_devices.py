@@ -23,8 +23,10 @@ from gradjax.checkpoints.resolve import DEMO, resolve
 from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.model.parallel import log_unsplit
 from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, make_mesh, one_device
+from gradjax.spectra import measures
 from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra
 from gradjax.spectra.decompose import decomposer
+from gradjax.spectra.singular_values import Route
 from gradjax.structs import PROJECTIONS, Factors, TokenBatch
 
 ROOT = Path(__file__).parent.parent
@@ -65,9 +67,9 @@ def make_batch() -> TokenBatch:
     return TokenBatch(tuple(range(len(LENGTHS))), tokens, targets, lengths)
 
 
-def spectra_on(mesh: Mesh, directory: Path) -> list[RowSpectra]:
+def spectra_on(mesh: Mesh, directory: Path, route: Route) -> list[RowSpectra]:
     decoder = load_decoder(directory, read_config(directory), jnp.float32, mesh)
-    with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
+    with decomposer(route, PROJECTIONS, mesh, on_host=True) as decompose:
         settings = BatchConfig((0, 1), PROJECTIONS, "all", decompose)
         return batch_spectra(decoder, make_batch(), settings)()
 
@@ -87,12 +89,12 @@ def numbers(rows: list[RowSpectra]) -> dict[str, np.ndarray]:
     }
 
 
-def largest_differences(directory: str, splits: str) -> dict:
+def largest_differences(directory: str, splits: str, route: Route = "gram") -> dict:
     """split -> what -> largest difference from one device."""
-    one = numbers(spectra_on(one_device(), Path(directory)))
+    one = numbers(spectra_on(one_device(), Path(directory), route))
     found = {}
     for split in json.loads(splits):
-        many = numbers(spectra_on(mesh_of(split), Path(directory)))
+        many = numbers(spectra_on(mesh_of(split), Path(directory), route))
         found[str(tuple(split))] = {k: float(np.abs(many[k] - one[k]).max()) for k in one}
     return found
 
@@ -116,8 +118,9 @@ def compiled_collectives() -> dict:
     found = {}
     for split in ([8, 1, 1], [1, 8, 1], [1, 1, 8], [2, 2, 2]):
         ours = programs(config, mesh_of(split), rows=16, length=13)
-        for name in (*PER_EXAMPLE, "spectra_gram", "spectra_qr"):
-            found[f"{name} {tuple(split)}"] = read_program(ours[name].lower().compile())
+        for name, program in ours.items():
+            if name.startswith((*PER_EXAMPLE, "spectra_gram", "spectra_qr")):
+                found[f"{name} {tuple(split)}"] = read_program(program.lower().compile())
     mesh = mesh_of([2, 2, 2])
     total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, EVERYWHERE))
     array = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=NamedSharding(mesh, EXAMPLES))
@@ -156,7 +159,9 @@ def wrong_values(times: str) -> int:
     wrong = 0
     with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
         for _ in range(int(times)):
-            found = decompose(Factors(**place(values)), every)()
+            factors = Factors(**place(values))
+            formed = measures.form_gradients(factors, PROJECTIONS)
+            found = decompose(factors, formed, every)()
             wrong += not all(
                 np.allclose(np.array(found[p])[:, :2], e, rtol=1e-4)
                 for p, e in zip(PROJECTIONS, expected, strict=True)

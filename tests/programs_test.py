@@ -6,7 +6,8 @@ from tests.eight_devices import run_on_eight_devices
 
 NAMES = {
     *("rope_tables", "embed", "block_forward", "head", "block_backward", "mask_factors"),
-    *("form_gradients", "entry_measures", "cosine", "spectra_qr", "spectra_dense"),
+    *("form_gradients", "entry_measures", "cosine", "spectra_dense"),
+    *("spectra_qr_operand", "spectra_qr_triangle", "spectra_qr_product"),
 }
 
 

@@ -32,6 +32,13 @@ def test_every_split_of_eight_gives_the_numbers_of_one_device(family, tmp_path):
             assert error < 1e-5, (split, what)
 
 
+def test_the_qr_route_takes_each_devices_own_rows(tmp_path):
+    save_checkpoint(make_hf_model("llama", seed=12, num_hidden_layers=2), tmp_path)
+    errors = run_on_eight_devices("largest_differences", str(tmp_path), "[[2, 2, 2]]", "qr")
+    for what, error in errors["(2, 2, 2)"].items():
+        assert error < 1e-5, what
+
+
 def test_threads_that_fetch_at_once_get_the_rows_own_values():
     assert run_on_eight_devices("wrong_values", "200") == 0
 
@@ -39,7 +46,7 @@ def test_threads_that_fetch_at_once_get_the_rows_own_values():
 def test_each_device_decomposes_and_measures_only_its_own_examples():
     programs = run_on_eight_devices("compiled_collectives")
     assert programs.pop("control")["collectives"]  # the reading finds one where there is one
-    assert len(programs) == 6 * 4
+    assert len(programs) == 8 * 4
     for name, found in programs.items():
         assert found["collectives"] == [], name
         assert set(found["decomposed"]) <= {"2"}, name  # of the batch's 16 examples

@@ -174,9 +174,10 @@ def token_losses_gradient(
 
     start = (label_score, jnp.zeros_like(label_score), jnp.zeros(normed.shape, jnp.float32))
     largest, others, pulled = jax.lax.fori_loop(0, -(-len(table) // chunk), entries, start)
+    losses = jnp.logaddexp(0, jnp.log(others) + (largest - label_score))
     total = others + jnp.exp(label_score - largest)
     pulled -= (others * label_slope)[:, None] * own.astype(jnp.float32)
-    return jnp.log(total) - (label_score - largest), pulled / total[:, None]
+    return losses, pulled / total[:, None]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -188,7 +189,7 @@ def _rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]
 def _embed(mesh: Mesh, config: DecoderConfig, table: Array, tokens: Array) -> Array:
     return _on_mesh(
         mesh,
-        lambda table, tokens: decoder.embed(config, whole_table(config, table), tokens),
+        partial(decoder.embed, config),
         (_table_spec(mesh, config), EXAMPLES),
         EXAMPLES,
     )(table, tokens)

@@ -135,10 +135,12 @@ def _forward_rule(
 def _backward_rule(
     config: DecoderConfig,
     window: int | None,
-    kept: tuple[Array, ...],
+    kept: tuple[Any, ...],
     cotangents: tuple[Array, Array],
 ) -> tuple[Array | None, ...]:
-    return *attention_backward(config, window, *kept, cotangents[0]), None
+    q, k, v, rope, out, logsumexp = kept
+    found = attention_backward(config, window, q, k, v, rope, out, logsumexp, cotangents[0])
+    return *found, None
 
 
 attention.defvjp(_forward_rule, _backward_rule)
@@ -185,8 +187,8 @@ def _over_visible(
     """The carry after all key chunks that query chunk i sees, its own being the last."""
     if len(ks) > 1:
         chunk, masked = ks.shape[3], window is not None
-        first = jnp.maximum((i * chunk - window + 1) // chunk, 0) if masked else 0
-        start = jax.lax.fori_loop(first, i, partial(body, masked=masked), start)
+        first = 0 if window is None else jnp.maximum((i * chunk - window + 1) // chunk, 0)
+        start = jax.lax.fori_loop(first, i, lambda j, carry: body(j, carry, masked), start)
     return body(i, start, True)
 
 

@@ -138,9 +138,9 @@ class BlockActivations(NamedTuple):
     mlp_out: Float[Array, "B T D"]  # output of down, before any post-norm
 
 
-def embed(config: DecoderConfig, table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Array:
-    """Token embeddings, [B, T, D]."""
-    x = jnp.take(table, tokens, axis=0)
+def embed(config: DecoderConfig, table: Float[Array, "_ D"], tokens: Int[Array, "B T"]) -> Array:
+    """Token embeddings, [B, T, D]. The table may be a device's part, inside `jax.shard_map`."""
+    x = parallel.table_rows(config, table, tokens)
     # The factor is rounded to the weights' dtype, as in transformers.
     return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1 else x
 
@@ -240,12 +240,15 @@ def project_logits(
 def token_losses(scores: Float[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
     """`-log softmax(scores)[label]`, in nats.
 
-    The largest score is taken off first, not added back to the logarithm: the float32
-    rounding of large scores would stand in the loss.
+    As `log(1 + Σ exp(score - label's score))` over the other entries: neither the rounding of
+    large scores stands in the loss, nor in a small loss that of a probability near 1.
     """
-    shifted = scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    chosen = jnp.take_along_axis(shifted, labels[..., None], axis=-1)[..., 0]
-    return jnp.log(jnp.exp(shifted).sum(axis=-1)) - chosen
+    chosen = jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    entry = jnp.arange(scores.shape[-1], dtype=labels.dtype)
+    others = jnp.where(entry == labels[..., None], -jnp.inf, scores)
+    largest = jax.lax.stop_gradient(others.max(axis=-1))
+    total = jnp.exp(others - largest[..., None]).sum(axis=-1)
+    return jnp.logaddexp(0, jnp.log(total) + (largest - chosen))
 
 
 @jax.jit

@@ -2,25 +2,30 @@
 
 Weights are split along `fsdp` (gathered when they are used) and along `tensor` (each device
 multiplies its part, for all examples of its tensor group, and activations change hands instead).
-The products run inside `jax.shard_map`, and on whole weights they are plain matrix products.
+Tables over the vocabulary are split along both by rows: the head is gathered, and of the embedding
+the rows of tokens change hands. The products run inside `jax.shard_map`, and on whole weights they
+are plain matrix products.
 """
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gradjax.model.config import DecoderConfig
 from gradjax.model.layers import linear, linear_transpose
 from gradjax.model.parameters import Parameter, all_parameters
-from gradjax.sharding import FSDP, MESH_AXES, TENSOR, split_axes
+from gradjax.sharding import MESH_AXES, TENSOR, split_axes
 
 
 def weight_spec(mesh: Mesh, config: DecoderConfig, parameter: Parameter) -> PartitionSpec:
-    """Which mesh axis each axis of a weight is split along: none that does not divide it."""
-    return PartitionSpec(*split_axes(mesh.shape, parameter.axes, parameter.shape(config)))
+    """Which mesh axes each axis of a weight is split along: none that do not divide it."""
+    split = split_axes(mesh.shape, parameter.axes, parameter.shape(config))
+    return PartitionSpec(*(mesh_axes or None for mesh_axes in split))
 
 
 def weight_sharding(mesh: Mesh, config: DecoderConfig, parameter: Parameter) -> NamedSharding:
@@ -33,14 +38,13 @@ def log_unsplit(mesh: Mesh, config: DecoderConfig) -> None:
     kinds = {(p.axes, p.shape(config)) for p in all_parameters(config).values()}
     sizes = {axis: n for axes, shape in kinds for axis, n in zip(axes, shape, strict=True)}
     for axis, size in sorted(sizes.items()):
-        parts = mesh.shape[MESH_AXES[axis]]
-        if size % parts:
+        parts = {mesh_axis: mesh.shape[mesh_axis] for mesh_axis in MESH_AXES[axis]}
+        if size % math.prod(parts.values()):
             logging.warning(
-                "Weight axis %s of %d does not divide by %s:%d and stays whole on each device",
+                "Weight axis %s of %d does not divide by %s and stays whole on each device",
                 axis,
                 size,
-                MESH_AXES[axis],
-                parts,
+                " times ".join(f"{mesh_axis}:{n}" for mesh_axis, n in parts.items()),
             )
 
 
@@ -57,14 +61,38 @@ def matrix(weight: Array, parameter: Parameter, config: DecoderConfig) -> Matrix
     """A block's weight for use, its parts along `fsdp` gathered."""
     axis = parameter.axes.index("D")
     shape = parameter.shape(config)
-    return Matrix(
-        _whole(weight, axis, shape[axis], FSDP), axis, weight.shape[1 - axis] != shape[1 - axis]
-    )
+    whole = _whole(weight, axis, shape[axis], MESH_AXES["D"])
+    return Matrix(whole, axis, weight.shape[1 - axis] != shape[1 - axis])
 
 
-def whole_table(config: DecoderConfig, table: Float[Array, "..."]) -> Float[Array, "V D"]:
+def whole_table(config: DecoderConfig, table: Float[Array, "_part D"]) -> Float[Array, "V D"]:
     """The embedding table or output head, gathered."""
-    return _whole(_whole(table, 1, config.hidden_size, FSDP), 0, config.vocab_size, TENSOR)
+    return _whole(table, 0, config.vocab_size, MESH_AXES["V"])
+
+
+def table_rows(
+    config: DecoderConfig, table: Float[Array, "_part D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """The table's rows of own tokens: where it is split, of whichever device holds them.
+
+    Exact: every other device of the group adds zeros. In as many turns as there are devices, so
+    that what changes hands at a time is no larger than the result.
+    """
+    if len(table) == config.vocab_size:
+        return jnp.take(table, tokens, axis=0)
+    group = MESH_AXES["V"]
+    first = jax.lax.axis_index(group) * len(table)
+
+    def turn(tokens: Int[Array, " _n"]) -> Float[Array, "_n D"]:
+        local = jax.lax.all_gather(tokens, group, tiled=True) - first
+        held = (local >= 0) & (local < len(table))
+        rows = jnp.where(held[:, None], jnp.take(table, local, axis=0, mode="clip"), 0)
+        return jax.lax.psum_scatter(rows, group, tiled=True)
+
+    devices = config.vocab_size // len(table)
+    turns = jnp.pad(tokens.reshape(-1), (0, -tokens.size % devices)).reshape(devices, -1)
+    rows = jax.lax.map(turn, turns).reshape(-1, table.shape[1])
+    return rows[: tokens.size].reshape(*tokens.shape, -1)
 
 
 def from_stream(x: Float[Array, "B T D"], *matrices: Matrix) -> list[Float[Array, "_B T _part"]]:
@@ -102,7 +130,7 @@ def _product(x: Array, matrix: Matrix, weight_is_out_in: bool) -> Array:
     return (linear if weight_is_out_in else linear_transpose)(x, matrix.weight)
 
 
-def _whole(weight: Array, axis: int, size: int, mesh_axis: str) -> Array:
+def _whole(weight: Array, axis: int, size: int, mesh_axes: tuple[str, ...]) -> Array:
     if weight.shape[axis] == size:
         return weight
-    return jax.lax.all_gather(weight, mesh_axis, axis=axis, tiled=True)
+    return jax.lax.all_gather(weight, mesh_axes, axis=axis, tiled=True)

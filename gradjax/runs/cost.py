@@ -26,7 +26,7 @@ from gradjax.model.layers import einsum
 from gradjax.model.parameters import Parameter, all_parameters, axis_sizes, block_parameters
 from gradjax.sharding import AXES, TENSOR, split_axes
 from gradjax.spectra.batch import LAYERS_AHEAD
-from gradjax.spectra.decompose import decomposes_on_host, resolved_route
+from gradjax.spectra.decompose import decomposes_on_host, padded_side, resolved_route
 from gradjax.structs import TokenizedExample
 
 # Share of a device's memory that kept activations may take; what is above that is recomputed.
@@ -122,8 +122,6 @@ def make_plan(
     if config.spectrum == "factored":
         lengths = {tokenized[row].num_tokens for batch in batches for row in batch.rows}
         decompositions = {length: spectra_flops(model, config, length) for length in lengths}
-    route, on_host = resolved_route(config, device.platform), decomposes_on_host(device.platform)
-    where = "host" if route and on_host else "device"
     targets = sum(tokenized[row].num_target_tokens for batch in batches for row in batch.rows)
     return Plan(
         tuple(batches),
@@ -133,7 +131,7 @@ def make_plan(
         mesh,
         memory,
         keeps,
-        f"{route or 'dense'}, on the {where}",
+        _describe_route(config, device.platform),
         sum(passes[batch.size, batch.length] for batch in batches)
         + 4.0 * model.vocab_size * model.hidden_size * targets,
         sum(
@@ -224,19 +222,36 @@ def workspaces(
     attention = scores + stream * holds.attention_stream
     targets, entries = min(HEAD_CHUNK, tokens), min(VOCABULARY_CHUNK, model.vocab_size)
     logits = 2 * 4 * targets * entries + (4 * 4 * targets + itemsize * entries) * sizes["D"]
-    decomposing = 0
-    if not decomposes_on_host(platform):
-        # Copies of X and of one Δ, in float64 for the Gram matrices, and the core on its way to its
-        # values: two there, and two that cuSOLVER takes and no compiler counts.
-        core = min(batch.length, max(min(_shape(model, p)) for p in config.projections))
-        width, stages = (8, 4) if resolved_route(config, platform) == "gram" else (4, 10)
-        decomposing = width * (tokens * (sizes["D"] + sizes["Q"]) + stages * rows * core**2)
     return {
         "embed": whole_table,
         "head": whole_table + logits,
         "block_backward": gathered + max(mlp, attention),
-        "spectra": decomposing,
+        "spectra": _spectra_workspace(model, config, rows, batch.length, platform),
     }
+
+
+def _spectra_workspace(
+    model: DecoderConfig, config: SpectraConfig, rows: int, length: int, platform: str
+) -> int:
+    route, sizes = resolved_route(config, platform), axis_sizes(model)
+    side = min(length, max(min(_shape(model, p)) for p in config.projections))
+    if route == "gram" and not decomposes_on_host(platform):
+        # Float64 copies of X and of one Δ, and the core on its way to its values: two there, and
+        # two that cuSOLVER takes and no compiler counts.
+        return 8 * rows * (length * (sizes["D"] + sizes["Q"]) + 4 * side**2)
+    if route == "qr":
+        # Of one row at a time: the operand twice, and its triangle.
+        side = padded_side(side)
+        return 4 * side * (2 * max(sizes["D"], sizes["Q"]) + side)
+    return 0
+
+
+def _describe_route(config: SpectraConfig, platform: str) -> str:
+    route = resolved_route(config, platform)
+    if route == "qr":
+        return "qr on the device, values on the host"
+    where = "host" if route and decomposes_on_host(platform) else "device"
+    return f"{route or 'dense'}, on the {where}"
 
 
 def batch_flops(
@@ -412,5 +427,5 @@ def _parts(
     model: DecoderConfig, parameter: Parameter, mesh: dict[str, int], along: Sequence[str]
 ) -> int:
     """How many parts some mesh axes split a weight into."""
-    axes = split_axes(mesh, parameter.axes, parameter.shape(model))
-    return math.prod(mesh[axis] for axis in axes if axis and axis in along)
+    split = split_axes(mesh, parameter.axes, parameter.shape(model))
+    return math.prod(mesh[axis] for mesh_axes in split for axis in mesh_axes if axis in along)

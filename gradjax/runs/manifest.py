@@ -18,7 +18,7 @@ from gradjax.model.parameters import block_parameters
 from gradjax.runs.inputs import (
     Inputs,
 )
-from gradjax.spectra.decompose import decomposes_on_host, resolved_route
+from gradjax.spectra.decompose import resolved_route
 from gradjax.version import __version__
 
 _PACKAGE = Path(__file__).parent.parent
@@ -117,13 +117,11 @@ def describe_invocation(
 
 def describe_machine() -> dict[str, Any]:
     """This process's machine and its devices."""
-    backend = jax.default_backend()
     return {
         "host": platform.node(),
-        "platform": backend,
+        "platform": jax.default_backend(),
         "kind": jax.local_devices()[0].device_kind,
         "devices": jax.local_device_count(),
-        "decompositions": "host" if decomposes_on_host(backend) else "device",
     }
 
 

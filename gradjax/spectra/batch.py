@@ -26,6 +26,7 @@ from gradjax.structs import SAME_LAYER_PAIRS, Projection, Similarity, Spectrum, 
 
 # Layers whose spectra may still be in the making: bounds the factors that are alive.
 LAYERS_AHEAD = 2
+_PAIR = ("kind", "projection", "layer_a", "layer_b")  # fields of `Similarity` but the cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,8 @@ def _factored_layers(
             if index in settings.layers:
                 tokens = contributing[index]
                 factors = mask_factors(factors, {p: place(mask) for p, mask in tokens.items()})
-                wait = decompose(factors, _own_rows(model.mesh, tokens))
                 unit, scales = measures.form_gradients(factors, settings.projections)
+                wait = decompose(factors, (unit, scales), _own_rows(model.mesh, tokens))
                 yield _Layer(index, unit, scales, wait)
 
     return losses, stream()
@@ -226,7 +227,8 @@ def _rows(
     cosines = sorted(
         cosines, key=lambda item: (order[item[0].kind], item[0].layer_a, item[0].layer_b)
     )
-    pairs = [(pair.kind, pair.projection, pair.layer_a, pair.layer_b) for pair, _ in cosines]
+    pairs = [pair for pair, _ in cosines]
+    names = [[getattr(pair, name) for pair in pairs] for name in _PAIR]
     similarity = [local_examples(array)[: len(rows)] for _, array in cosines]
     similarity = _or_none(np.reshape(similarity, (-1, len(rows)))).T.tolist()
     return [
@@ -235,7 +237,7 @@ def _rows(
             float(loss[i]),
             bool(finite[i]),
             tuple(itertools.chain(*zip(*(spectra[i] for spectra in by_projection), strict=True))),
-            tuple(Similarity(*pair, of) for pair, of in zip(pairs, similarity[i], strict=True)),
+            tuple(itertools.starmap(Similarity, zip(*names, similarity[i], strict=True))),
         )
         for i, row in enumerate(rows)
     ]
@@ -287,4 +289,6 @@ def _spectra(
 
 def _or_none(array: np.ndarray) -> np.ndarray:
     """Objects: floats, None where there is no finite one."""
-    return np.where(np.isfinite(array), array.astype(np.float64), None)
+    objects = array.astype(np.float64).astype(object)
+    objects[~np.isfinite(array)] = None
+    return objects

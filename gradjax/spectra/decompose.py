@@ -1,4 +1,4 @@
-"""Where the singular values of a layer's factors are computed: host pool or device."""
+"""Where the singular values of a layer's factors are computed: host pool, device, or both."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -17,15 +17,31 @@ from jaxtyping import Array, Float
 from gradjax.config import SpectraConfig
 from gradjax.errors import GradjaxError
 from gradjax.gradients.causality import Contributing
-from gradjax.sharding import EXAMPLES, local_examples
-from gradjax.spectra.singular_values import Route, factor_singular_values
+from gradjax.model.layers import einsum
+from gradjax.sharding import EVERYWHERE, EXAMPLES, local_examples
+from gradjax.spectra.measures import Gradients
+from gradjax.spectra.singular_values import (
+    PANEL,
+    Route,
+    gram_singular_values,
+    matrix_singular_values,
+    triangle,
+)
 from gradjax.structs import Factors, Projection
 
 # Values per projection: one array [R] per example.
 Values = dict[Projection, list[np.ndarray]]
-# Starts on a layer's factors, zero where tokens do not contribute, and which of the tokens of this
-# process's examples do; the returned call waits for their values.
-Decompose = Callable[[Factors, Contributing], Callable[[], Values]]
+# `form_gradients` of a layer: its gradients, divided, and the divisors.
+Formed = tuple[Gradients, dict[Projection, Float[Array, " B"]]]
+# Starts on a layer's factors, zero where tokens do not contribute, its gradients, and which of the
+# tokens of this process's examples do contribute; the returned call waits for their values.
+Decompose = Callable[[Factors, Formed, Contributing], Callable[[], Values]]
+
+# `triangle` takes seconds to compile: it is for this many rows, or a larger power of two.
+_FEWEST_ROWS = 512
+# Tokens, as a share of min(O, I), up to which the Gram route's core is cheaper than G itself:
+# operations 2τ² + 8τ³ against 5, of which the eigenvalues take 4τ³ and 4.
+_FACTORS_UP_TO = 0.75
 
 
 def allowed_routes(platform: str) -> tuple[Route, ...]:
@@ -55,7 +71,7 @@ def resolved_route(config: SpectraConfig, platform: str) -> Route | None:
 
 
 def decomposes_on_host(platform: str) -> bool:
-    """Whether the host pool is the faster place: measured on CPUs, assumed not elsewhere."""
+    """Whether the host pool is the faster place for `gram`: on CPUs, assumed not elsewhere."""
     return platform == "cpu"
 
 
@@ -65,16 +81,20 @@ def decomposer(
 ) -> Iterator[Decompose]:
     """A way to singular values.
 
-    On the host, LAPACK's values-only drivers on a pool of one thread per core, while the devices
-    go on (JAX's `eigvalsh` computes vectors as well); else batched on the mesh's devices.
+    `gram` works on the host with LAPACK's values-only drivers on a pool of one thread per core,
+    while the devices go on (JAX's `eigvalsh` computes vectors as well); if not `on_host`, batched
+    on the mesh's devices. `qr` makes cores on the devices, and their values come from the pool.
     """
-    if not on_host:
-        yield partial(_on_device, mesh, route, projections)
+    if route == "gram" and not on_host:
+        yield partial(_on_device, mesh, projections)
         return
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Tasks are parallel already: more than one BLAS thread each would make them wait.
     with threadpoolctl.threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
-        yield partial(_on_host, pool, route, projections)
+        if route == "gram":
+            yield partial(_on_host, pool, projections)
+        else:
+            yield partial(_on_both, pool, mesh, projections)
 
 
 def _sharing_inputs(projections: tuple[Projection, ...]) -> list[tuple[Projection, ...]]:
@@ -84,47 +104,67 @@ def _sharing_inputs(projections: tuple[Projection, ...]) -> list[tuple[Projectio
     return [group for group in (shared, own) if group]
 
 
-def _on_host(
-    pool: ThreadPoolExecutor,
-    route: Route,
-    projections: tuple[Projection, ...],
-    factors: Factors,
-    contributing: Contributing,
-) -> Callable[[], Values]:
+def _fetch(pool: ThreadPoolExecutor, arrays: Any) -> Future[Any]:
+    """This process's examples of a tree of arrays, once the devices have made them."""
     # A jax.Array lists its shards when first asked for them, and threads that ask at once can get a
     # wrong list, with it another row's numbers (jax 0.10.2): they are listed here, and one thread
     # fetches them, since that waits for the device. The others wait for what came before them.
-    for array in jax.tree.leaves(factors):
+    for array in jax.tree.leaves(arrays):
         _ = array.addressable_shards
-    fetched: Future[Any] = pool.submit(jax.tree.map, local_examples, factors)
+    return pool.submit(jax.tree.map, local_examples, arrays)
 
-    def work(group: tuple[Projection, ...], row: int) -> list[np.ndarray]:
-        # Other tokens add nothing to G but a row to the core.
-        tokens = np.flatnonzero(np.any([contributing[p][row] for p in group], axis=0))
-        if not len(tokens):
-            tokens = np.zeros(1, np.intp)  # a zero gradient keeps one, which is zero
-        host = fetched.result()
+
+def _on_host(
+    pool: ThreadPoolExecutor,
+    projections: tuple[Projection, ...],
+    factors: Factors,
+    formed: Formed,
+    contributing: Contributing,
+) -> Callable[[], Values]:
+    fetched = _fetch(pool, (factors, *formed))
+
+    def by_factors(group: tuple[Projection, ...], row: int, tokens: np.ndarray) -> list[np.ndarray]:
+        host, *_ = fetched.result()
         x = host.of(group[0])[0][row, tokens]
         deltas = [host.of(projection)[1][row, tokens] for projection in group]
         if not all(np.isfinite(array).all() for array in (x, *deltas)):
             return [np.full(1, np.nan)] * len(group)
-        return factor_singular_values(np, route, x, deltas)
+        return gram_singular_values(np, x, deltas)
 
-    rows = len(contributing[projections[0]])
-    futures = {
-        (group, row): pool.submit(work, group, row)
-        for group in _sharing_inputs(projections)
-        for row in range(rows)
-    }
+    def by_gradient(projection: Projection, row: int) -> list[np.ndarray]:
+        _, gradients, scales = fetched.result()
+        return [_finite_values(gradients[projection][row]) * float(scales[projection][row])]
+
+    futures: dict[tuple[tuple[Projection, ...], int], Future] = {}
+    for group in _sharing_inputs(projections):
+        smaller = {p: min(formed[0][p].shape[1:]) for p in group}
+        for row in range(len(contributing[group[0]])):
+            # Other tokens add nothing to G but a row to the core; a zero gradient keeps one.
+            any_of = np.any([contributing[p][row] for p in group], axis=0)
+            tokens = np.flatnonzero(any_of) if any_of.any() else np.zeros(1, np.intp)
+            few: tuple[Projection, ...] = tuple(
+                p for p in group if len(tokens) <= _FACTORS_UP_TO * smaller[p]
+            )
+            if few:
+                futures[few, row] = pool.submit(by_factors, few, row, tokens)
+            for projection in set(group).difference(few):
+                futures[(projection,), row] = pool.submit(by_gradient, projection, row)
 
     def wait() -> Values:
-        values: Values = {projection: [] for projection in projections}
-        for (group, _), future in futures.items():
+        values: Values = {p: [np.zeros(0)] * len(contributing[p]) for p in projections}
+        for (group, row), future in futures.items():
             for projection, row_values in zip(group, future.result(), strict=True):
-                values[projection].append(row_values)
+                values[projection][row] = row_values
         return cut_values(values, contributing)
 
     return wait
+
+
+def _finite_values(matrix: Float[np.ndarray, "O I"]) -> Float[np.ndarray, " R"]:
+    """Singular values of a matrix; NaN where an entry is not finite."""
+    if not np.isfinite(matrix).all():
+        return np.full(min(matrix.shape), np.nan)
+    return matrix_singular_values(np, matrix)
 
 
 def cut_values(values: Values, contributing: Contributing) -> Values:
@@ -138,39 +178,175 @@ def cut_values(values: Values, contributing: Contributing) -> Values:
     }
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def device_values(
-    mesh: Mesh,
-    route: Route,
-    projections: tuple[Projection, ...],
-    factors: Factors,
+    mesh: Mesh, projections: tuple[Projection, ...], factors: Factors, formed: Formed
 ) -> dict[Projection, Float[Array, "B R"]]:
     """Singular values on the mesh, each device's of its own examples."""
+    tokens = factors.q.shape[1]
 
-    def own(factors: Factors) -> dict[Projection, Array]:
+    def own(factors: Factors, formed: Formed) -> dict[Projection, Array]:
+        gradients, scales = formed
         values = {}
         for group in _sharing_inputs(projections):
-            deltas = [factors.of(projection)[1] for projection in group]
-            found = factor_singular_values(jnp, route, factors.of(group[0])[0], deltas)
-            values.update(zip(group, found, strict=True))
+            few: list[Projection] = [p for p in group if tokens <= min(gradients[p].shape[1:])]
+            if few:
+                deltas = [factors.of(projection)[1] for projection in few]
+                found = gram_singular_values(jnp, factors.of(few[0])[0], deltas)
+                values.update(zip(few, found, strict=True))
+            for p in set(group).difference(few):
+                scale = scales[p].astype(jnp.float64)[:, None]
+                values[p] = matrix_singular_values(jnp, gradients[p]) * scale
         return values
 
-    on_mesh = jax.shard_map(own, mesh=mesh, in_specs=EXAMPLES, out_specs=EXAMPLES, check_vma=False)
-    return on_mesh(factors)
+    return _on_mesh(mesh, own, EXAMPLES)(factors, formed)
 
 
 def _on_device(
     mesh: Mesh,
-    route: Route,
     projections: tuple[Projection, ...],
     factors: Factors,
+    formed: Formed,
     contributing: Contributing,
 ) -> Callable[[], Values]:
-    with jax.enable_x64(route == "gram"), jax.default_matmul_precision("highest"):
-        values = device_values(mesh, route, projections, factors)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        values = device_values(mesh, projections, factors, formed)
 
     def wait() -> Values:
         fetched: Values = {p: list(local_examples(values[p])) for p in projections}
         return cut_values(fetched, contributing)
 
     return wait
+
+
+def _on_both(
+    pool: ThreadPoolExecutor,
+    mesh: Mesh,
+    projections: tuple[Projection, ...],
+    factors: Factors,
+    formed: Formed,
+    contributing: Contributing,
+) -> Callable[[], Values]:
+    length, rows = factors.q.shape[1], len(factors.q) // mesh.size  # of each device
+    futures: dict[tuple[Projection, int], Future] = {}
+
+    def work(fetched: Future, projection: Projection, device: int, tokens: int) -> np.ndarray:
+        core = fetched.result()[projection][device]
+        # A core of factors is zero from where the row's padding begins.
+        return _finite_values(core[:tokens, :tokens] if len(core) == length else core)
+
+    for row in range(rows):
+        fetched = _fetch(pool, _row_cores(mesh, projections, factors, formed, row))
+        for projection in projections:
+            for device, own in enumerate(contributing[projection][row::rows]):
+                tokens = int(max(np.flatnonzero(own), default=0)) + 1
+                futures[projection, device * rows + row] = pool.submit(
+                    work, fetched, projection, device, tokens
+                )
+
+    def wait() -> Values:
+        values: Values = {
+            p: [futures[p, slot].result() for slot in range(len(contributing[p]))]
+            for p in projections
+        }
+        return cut_values(values, contributing)
+
+    return wait
+
+
+def _row_cores(
+    mesh: Mesh, projections: tuple[Projection, ...], factors: Factors, formed: Formed, row: int
+) -> dict[Projection, Float[Array, "_devices R R"]]:
+    """Of one row of each device, matrices with the singular values of its gradients."""
+    length, cores = factors.q.shape[1], {}
+
+    def pick(matrix: Array, scale: Array | None = None) -> tuple[Array, Array]:
+        return row_operand(mesh, matrix, scale, row)
+
+    def reduced(matrix: Array, scale: Array | None = None) -> tuple[Array, Array]:
+        unit, scale = pick(matrix, scale)
+        return row_triangle(mesh, unit, -(-min(matrix.shape[1:]) // PANEL)), scale
+
+    with jax.default_matmul_precision("highest"):
+        for group in _sharing_inputs(projections):
+            shared = None
+            for projection in group:
+                x, delta = factors.of(projection)
+                outputs, inputs = delta.shape[-1], x.shape[-1]
+                if length <= min(outputs, inputs):
+                    shared = shared or reduced(x)
+                    lower, scale = reduced(delta)
+                    core, scale = row_product(mesh, lower, shared[0]), scale * shared[1]
+                else:
+                    gradient = formed[0][projection], formed[1][projection]
+                    # QR makes a square gradient no smaller.
+                    reduce = pick if outputs == inputs else reduced
+                    core, scale = reduce(*gradient)
+                core = _scaled(core, scale, min(length, outputs, inputs))
+                core.copy_to_host_async()
+                cores[projection] = core
+    return cores
+
+
+def padded_side(rows: int) -> int:
+    """What `row_operand` pads so many rows to."""
+    return max(_FEWEST_ROWS, 1 << (rows - 1).bit_length())
+
+
+@partial(jax.jit, static_argnums=0)
+def row_operand(
+    mesh: Mesh,
+    matrices: Float[Array, "B _rows _columns"],
+    scales: Float[Array, " B"] | None,
+    row: Array | int,
+) -> tuple[Float[Array, "_devices W I"], Float[Array, " _devices"]]:
+    """Each device's matrix number `row`, float32, for `row_triangle`: and what to multiply it by.
+
+    Its shorter side comes first and is padded to a size that many batches share.
+    """
+
+    def own(matrices: Array, scales: Array | None, row: Array) -> tuple[Array, Array]:
+        matrix = matrices[row].astype(jnp.float32)
+        matrix = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+        largest = jnp.abs(matrix).max()
+        largest = jnp.where(largest > 0, largest, 1)
+        rows, columns = matrix.shape
+        padded = padded_side(rows)
+        unit = jnp.pad(matrix / largest, ((0, padded - rows), (0, max(PANEL - columns, 0))))
+        return unit[None], (largest if scales is None else largest * scales[row])[None]
+
+    return _on_mesh(mesh, own, (EXAMPLES, EXAMPLES, EVERYWHERE))(matrices, scales, row)
+
+
+@partial(jax.jit, static_argnums=0)
+def row_triangle(
+    mesh: Mesh, matrices: Float[Array, "_devices W I"], panels: Array | int
+) -> Float[Array, "_devices W W"]:
+    """`triangle` of each device's matrix."""
+
+    def own(matrices: Array, panels: Array) -> Array:
+        return triangle(matrices[0], panels)[None]
+
+    return _on_mesh(mesh, own, (EXAMPLES, EVERYWHERE))(matrices, panels)
+
+
+@partial(jax.jit, static_argnums=0)
+def row_product(
+    mesh: Mesh, a: Float[Array, "_devices W W"], b: Float[Array, "_devices W W"]
+) -> Float[Array, "_devices W W"]:
+    """`AᵀB` on each device."""
+    return _on_mesh(mesh, partial(einsum, "bti,btj->bij"), EXAMPLES)(a, b)
+
+
+@partial(jax.jit, static_argnums=2)
+def _scaled(
+    cores: Float[Array, "_devices W _width"], scales: Float[Array, " _devices"], side: int
+) -> Float[Array, "_devices R R"]:
+    """Without what `row_operand` padded, and times what it divided by."""
+    return cores[:, :side, :side] * scales[:, None, None]
+
+
+def _on_mesh(mesh: Mesh, function: Callable, in_specs: Any) -> Callable:
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=EXAMPLES, check_vma=False
+    )

@@ -1,57 +1,105 @@
 """Singular values of `G = ΔᵀX` from its factors, without decomposing an O×I matrix.
 
-rank(G) ≤ T, so a T×T core has the same singular values; beyond T = min(O, I) the core is the
-Gram matrix of G's smaller side. Both routes are written once over the array namespace `xp`:
-NumPy on a host pool where the backend is the CPU (LAPACK's values-only driver; jax 0.10.2 can
-deadlock there on batched decompositions), `jax.numpy` on the device elsewhere.
+rank(G) ≤ T, so a T×T core has the same singular values; where T comes near min(O, I) and beyond,
+values are those of G itself, which is formed in float32 anyway. The Gram route works in float64 on
+either and is written once over the array namespace `xp`: NumPy on a host pool where the backend is
+the CPU (LAPACK's values-only driver; jax 0.10.2 can deadlock there on batched decompositions),
+`jax.numpy` on the device elsewhere. The QR route needs no fast float64 on the device: it makes
+cores there, and their values come from the host.
 """
 
 from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gradjax.model.layers import einsum
 
 Route = Literal["gram", "qr"]
 
 # Relative shift that keeps the Cholesky factorization of a rank-deficient Gram matrix
 # (repeated tokens share their layer-0 input) defined: far below float64's useful range.
 _GRAM_SHIFT = 1e-15
+# Rows that `triangle` takes at a time: XLA's own QR on a TPU has this many columns in a kernel.
+PANEL = 128
 
 
-def factor_singular_values(xp: Any, route: Route, x: Any, deltas: list[Any]) -> list[Any]:
+def gram_singular_values(xp: Any, x: Any, deltas: list[Any]) -> list[Any]:
     """Singular values of `ΔᵀX` for each Δ that shares the input X.
 
+    In float64: relative error 1e-11 and better at full rank, and 1e-8·σ₁ in the tail of a
+    rank-deficient G.
+
     Args:
-      xp: `numpy` or `jax.numpy` (for `gram`: with 64-bit types enabled).
-      route: `gram` works in float64: relative error 1e-11 and better at full rank, and
-        1e-8·σ₁ in the tail of a rank-deficient G. `qr` stays in float32, 1e-7·σ₁, for
-        backends without fast float64.
+      xp: `numpy`, or `jax.numpy` with 64-bit types enabled.
       x: [..., T, I], float32 or bfloat16.
-      deltas: each [..., T, O].
+      deltas: each [..., T, O], T at most min(O, I).
 
     Returns:
-      Per Δ: [..., min(T, O, I)], descending, float64 (`gram`) or float32 (`qr`).
+      Per Δ: [..., T], descending, float64.
     """
-    values = _gram_route if route == "gram" else _qr_route
-    return values(xp, x, deltas)
-
-
-def _gram_route(xp: Any, x: Any, deltas: list[Any]) -> list[Any]:
     x = x.astype(xp.float64)
-    tokens, inputs = x.shape[-2:]
-    factor = None  # C with C Cᵀ = X Xᵀ, shared by the deltas
+    factor = _cholesky(xp, x @ _transpose(xp, x))  # C with C Cᵀ = X Xᵀ
     results = []
-    for delta in deltas:
-        delta = delta.astype(xp.float64)
-        if tokens <= min(inputs, delta.shape[-1]):
-            if factor is None:
-                factor = _cholesky(xp, x @ _transpose(xp, x))
-            core = _transpose(xp, factor) @ (delta @ _transpose(xp, delta)) @ factor
-        else:
-            gradient = _transpose(xp, delta) @ x
-            if gradient.shape[-2] > gradient.shape[-1]:
-                gradient = _transpose(xp, gradient)
-            core = gradient @ _transpose(xp, gradient)
-        squares = xp.linalg.eigvalsh(core)[..., ::-1]
-        results.append(xp.sqrt(xp.maximum(squares, 0)))
+    for delta in (delta.astype(xp.float64) for delta in deltas):
+        core = _transpose(xp, factor) @ (delta @ _transpose(xp, delta)) @ factor
+        results.append(_roots(xp, core))
     return results
+
+
+def triangle(matrix: Float[Array, "W I"], panels: Int[Array, ""]) -> Float[Array, "W W"]:
+    """L with `L Lᵀ = M Mᵀ`, lower triangular up to rounding: the transposed R of a QR of Mᵀ.
+
+    Block modified Gram-Schmidt with a Householder QR of each panel of `PANEL` rows. Whatever M's
+    rank, L is the exact triangle of a matrix within a few float32 roundings of M (Björck 1967;
+    Barlow 2019, SIAM J. Matrix Anal. 40(4)). It is a loop of products of one size where XLA's QR
+    unrolls its panels, so that a TPU compiles it in seconds at any W.
+
+    Args:
+      matrix: float32; W a multiple of `PANEL`, I at least `PANEL`.
+      panels: how many panels are not zero. Later rows of M have to be.
+    """
+
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        panel = jax.lax.dynamic_slice_in_dim(carry[0], i * PANEL, PANEL)
+        q = jnp.linalg.qr(panel.T)[0]
+
+        def subtract(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            matrix, lower = carry
+            rows = jax.lax.dynamic_slice_in_dim(matrix, j * PANEL, PANEL)
+            part = einsum("ti,ip->tp", rows, q)
+            rows -= einsum("tp,ip->ti", part, q)
+            matrix = jax.lax.dynamic_update_slice_in_dim(matrix, rows, j * PANEL, 0)
+            return matrix, jax.lax.dynamic_update_slice(lower, part, (j * PANEL, i * PANEL))
+
+        return jax.lax.fori_loop(i, panels, subtract, carry)
+
+    start = (matrix, jnp.zeros((len(matrix), len(matrix)), matrix.dtype))
+    return jax.lax.fori_loop(0, panels, step, start)[1]
+
+
+def matrix_singular_values(xp: Any, matrix: Any) -> Any:
+    """Singular values of matrices that are there: gradients, or cores.
+
+    By LAPACK's eigenvalues of the smaller side's float64 Gram matrix, 1e-8·σ₁ in the tail and
+    better above: a third of the time of its singular values, float32 ones included.
+
+    Args:
+      xp: `numpy`, or `jax.numpy` with 64-bit types enabled.
+      matrix: [..., O, I], float32.
+
+    Returns:
+      [..., min(O, I)], descending, float64.
+    """
+    matrix = matrix.astype(xp.float64)
+    if matrix.shape[-2] > matrix.shape[-1]:
+        matrix = _transpose(xp, matrix)
+    return _roots(xp, matrix @ _transpose(xp, matrix))
+
+
+def _roots(xp: Any, gram: Any) -> Any:
+    return xp.sqrt(xp.maximum(xp.linalg.eigvalsh(gram)[..., ::-1], 0))
 
 
 def _cholesky(xp: Any, gram: Any) -> Any:
@@ -60,27 +108,6 @@ def _cholesky(xp: Any, gram: Any) -> Any:
     shift = xp.where(trace > 0, _GRAM_SHIFT * trace, 1.0)
     factor = xp.linalg.cholesky(gram + shift * xp.eye(gram.shape[-1], dtype=gram.dtype))
     return xp.where(trace > 0, factor, 0.0)
-
-
-def _qr_route(xp: Any, x: Any, deltas: list[Any]) -> list[Any]:
-    x = x.astype(xp.float32)
-    tokens, inputs = x.shape[-2:]
-    x_triangle = None
-    results = []
-    for delta in deltas:
-        delta = delta.astype(xp.float32)
-        if tokens <= min(inputs, delta.shape[-1]):
-            if x_triangle is None:
-                x_triangle = xp.linalg.qr(_transpose(xp, x), mode="r")
-            delta_triangle = xp.linalg.qr(_transpose(xp, delta), mode="r")
-            core = delta_triangle @ _transpose(xp, x_triangle)
-        else:
-            gradient = _transpose(xp, delta) @ x
-            if gradient.shape[-2] < gradient.shape[-1]:
-                gradient = _transpose(xp, gradient)
-            core = xp.linalg.qr(gradient, mode="r")
-        results.append(xp.linalg.svd(core, compute_uv=False))
-    return results
 
 
 def _transpose(xp: Any, matrix: Any) -> Any:
