@@ -27,7 +27,7 @@ TARGET_TOKENS = "cut every response to its first N tokens; rows with shorter one
 LAYERS = "all, or numbers and ranges from 0, as in 0-5,8"
 SPECTRUM = """factored: exact, from token factors, at about the cost of a backward pass;
 dense: jax.grad per example and a whole SVD"""
-ROUTE = "how the factored spectra are computed: gram in float64, qr in float32, auto by backend"
+ROUTE = "gram: in float64; qr: cores in float32 on the devices, values on the host; auto by backend"
 SIMILARITY = "layer pairs whose gradients are compared, per projection"
 BATCH_TOKENS = "padded tokens computed at once per device (default: 2048 on a CPU, else 16384)"
 PLAN = "print batches, memory per device, work and time, and end; reads no weights"

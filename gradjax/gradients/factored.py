@@ -293,14 +293,13 @@ def block_backward(
 
 @jax.jit
 def mask_factors(factors: Factors, contributing: dict[Projection, Bool[Array, "B T"]]) -> Factors:
-    """Factors whose rows are zero for tokens that do not contribute (`contributing_tokens`).
+    """Factors whose Δ is zero for tokens that do not contribute (`contributing_tokens`).
 
-    A row of an input stays where any projection that shares the input needs it.
+    Their inputs are then multiplied by zero, and stay as they are.
     """
-    masks = {name: mask[..., None] for name, mask in contributing.items()}
-    qkv = masks["q"] | masks["k"] | masks["v"]
-    return Factors(
-        x_qkv=jnp.where(qkv, factors.x_qkv, 0),
-        x_o=jnp.where(masks["o"], factors.x_o, 0),
-        **{name: jnp.where(mask, getattr(factors, name), 0) for name, mask in masks.items()},
+    return factors._replace(
+        **{
+            name: jnp.where(mask[..., None], getattr(factors, name), 0)
+            for name, mask in contributing.items()
+        }
     )

@@ -33,8 +33,8 @@ from gradjax.structs import Factors, Projection
 Values = dict[Projection, list[np.ndarray]]
 # `form_gradients` of a layer: its gradients, divided, and the divisors.
 Formed = tuple[Gradients, dict[Projection, Float[Array, " B"]]]
-# Starts on a layer's factors, zero where tokens do not contribute, its gradients, and which of the
-# tokens of this process's examples do contribute; the returned call waits for their values.
+# Starts on a layer's factors, Δ zero where tokens do not contribute, its gradients, and which of
+# the tokens of this process's examples do contribute; the returned call waits for their values.
 Decompose = Callable[[Factors, Formed, Contributing], Callable[[], Values]]
 
 # `triangle` takes seconds to compile: it is for this many rows, or a larger power of two.
