@@ -15,7 +15,7 @@ from jax.stages import Lowered
 from jax.typing import DTypeLike
 
 from gradjax.gradients import dense, factored
-from gradjax.gradients.factored import HEAD_CHUNK
+from gradjax.gradients.factored import HEAD_CHUNKS
 from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import BlockActivations, Decoder, layer_windows
@@ -110,7 +110,8 @@ def programs(
         out_shardings=NamedSharding(mesh, EVERYWHERE),
     )
     head = (mesh, config, final, table, x, tokens, masks["q"])
-    own_tokens = rows * length // mesh.size
+    # As if all tokens were targets.
+    head_chunks = -(-rows * length // mesh.size // HEAD_CHUNKS[platform])
 
     per_layer = partial(Program, calls=layers)
     chunks = -(-length // CHUNKS[platform])
@@ -119,8 +120,7 @@ def programs(
         "rope_tables": Program(rope_tables, (config, length)),
         "embed": Program(factored._embed, (mesh, config, embedding, tokens)),
         "block_forward": through_block(forward.function, forward.arguments),
-        # As if all tokens were targets.
-        "head": Program(factored._head_gradient, head, turns=-(-own_tokens // HEAD_CHUNK)),
+        "head": Program(factored._head_gradient, head, turns=head_chunks),
         "block_backward": through_block(backward.function, backward.arguments),
         "mask_factors": per_layer(factored.mask_factors, (factors, masks)),
         "form_gradients": per_layer(formed.function, formed.arguments),

@@ -6,7 +6,7 @@ import pytest
 
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.safetensors import load_decoder
-from gradjax.gradients.factored import HEAD_CHUNK, attention_gradients
+from gradjax.gradients.factored import HEAD_CHUNKS, attention_gradients
 from gradjax.model.attention import CHUNKS
 from gradjax.sharding import one_device
 from gradjax.spectra.batch import BatchConfig, batch_spectra
@@ -202,7 +202,7 @@ def test_recomputing_activations_changes_nothing(pair):
 
 def test_more_target_tokens_than_one_head_chunk(pair):
     hf_model, decoder = pair
-    length = 2 * HEAD_CHUNK + 31
+    length = 2 * HEAD_CHUNKS["cpu"] + 31
     batch = make_batch([length, 11])
     losses, layers = attention_gradients(
         decoder, jnp.asarray(batch.tokens), jnp.asarray(batch.targets), lowest_layer=2

@@ -19,7 +19,7 @@ from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
 from gradjax.device import Device
 from gradjax.errors import GradjaxError
-from gradjax.gradients.factored import HEAD_CHUNK, VOCABULARY_CHUNK, activation_bytes
+from gradjax.gradients.factored import HEAD_CHUNKS, VOCABULARY_CHUNK, activation_bytes
 from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
 from gradjax.model.layers import einsum
@@ -220,7 +220,8 @@ def workspaces(
     chunk = -(-batch.length // -(-batch.length // CHUNKS[platform]))
     scores = rows * model.num_heads * chunk**2 * holds.scores[itemsize < 4]
     attention = scores + stream * holds.attention_stream
-    targets, entries = min(HEAD_CHUNK, tokens), min(VOCABULARY_CHUNK, model.vocab_size)
+    targets = min(HEAD_CHUNKS[platform], tokens)
+    entries = min(VOCABULARY_CHUNK, model.vocab_size)
     logits = 2 * 4 * targets * entries + (4 * 4 * targets + itemsize * entries) * sizes["D"]
     return {
         "embed": whole_table,

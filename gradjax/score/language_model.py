@@ -19,7 +19,7 @@ from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenize
 from gradjax.data.batches import BatchSpec, batch_by_length, make_batch, round_up
 from gradjax.device import local_device, memory_faults
 from gradjax.errors import GradjaxError
-from gradjax.gradients.factored import HEAD_CHUNK
+from gradjax.gradients.factored import HEAD_CHUNKS
 from gradjax.model import decoder, gpt2
 from gradjax.structs import TokenBatch, TokenizedExample
 
@@ -155,9 +155,10 @@ def batch_faults(batch: TokenBatch) -> AbstractContextManager[None]:
 
 
 def _chunks(array: np.ndarray) -> np.ndarray:
-    """[N, ...] -> [chunks, HEAD_CHUNK, ...], the last filled up with zeros: logits are wide."""
-    padding = np.zeros((-len(array) % HEAD_CHUNK, *array.shape[1:]), array.dtype)
-    return np.concatenate([array, padding]).reshape(-1, HEAD_CHUNK, *array.shape[1:])
+    """[N, ...] -> [chunks, size, ...], the last filled up with zeros: logits are wide."""
+    size = HEAD_CHUNKS[local_device().platform]
+    padding = np.zeros((-len(array) % size, *array.shape[1:]), array.dtype)
+    return np.concatenate([array, padding]).reshape(-1, size, *array.shape[1:])
 
 
 @partial(jax.jit, static_argnums=0)
