@@ -36,8 +36,8 @@ LAYERS = 28
 
 flags.DEFINE_integer("tokens", 64, "of a row")
 flags.DEFINE_integer("width", 64, "rows and columns of a gradient")
-flags.DEFINE_integer("size", 8, "rows of a batch")
-flags.DEFINE_integer("rows", 64, "measured with each number of workers")
+flags.DEFINE_integer("size", 32, "rows of a batch: what 2,048 tokens hold")
+flags.DEFINE_integer("rows", 128, "measured with each number of workers")
 
 
 def random_factors(size: int, tokens: int, width: int) -> Factors:

@@ -91,6 +91,8 @@ def absent_devices(platform: str, topology: str | None = None) -> list[Any]:
     from jax.experimental import topologies
 
     jax.config.update("jax_platforms", "cpu")
+    if platform == "cuda" and topology != "h100":
+        raise GradjaxError(f"--topology={topology}: expected h100, the one GPU described here")
     options = {"target_config": _H100, "topology": "1x1x8"} if platform == "cuda" else {}
     try:
         return list(topologies.get_topology_desc(topology, platform, **options).devices)
@@ -225,7 +227,7 @@ def print_programs(config: Any, mesh: Any, kind: str, tokens: int, dtype: str) -
 
 
 _COLUMNS = ("code", "argument", "temp", "(plan)", "output", "GFLOPs", "(plan)", "Mcycles", "ms")
-_HEAD = f"{'program':16}calls compiled" + "".join(f"{name:>10}" for name in _COLUMNS)
+_HEAD = f"{'program':20}calls compiled" + "".join(f"{name:>10}" for name in _COLUMNS)
 
 
 def _line(name: str, calls: int, found: Figures, space: int | None, flops: float, ms: float) -> str:
@@ -235,7 +237,7 @@ def _line(name: str, calls: int, found: Figures, space: int | None, flops: float
     texts += [f"{found.cycles / 1e6:.3f}", ("~" if found.guessed else "") + f"{ms:.3f}"]
     collectives = ", ".join(f"{count} {kind}" for kind, count in found.collectives.items())
     return (
-        f"{name:16}{calls:5}{found.seconds:9.1f}"
+        f"{name:20}{calls:5}{found.seconds:9.1f}"
         + "".join(f"{text:>10}" for text in texts)
         + f"  {collectives}{' float64' if found.float64 else ''}"
     )

@@ -2,8 +2,9 @@
 
 Two floors: `grad` is plain `jax.grad` of the loss with respect to the input embeddings, `pass`
 gradjax's own backward pass with the factors thrown away. `entries` measures all but singular
-values. `gram` and `qr` decompose on the device, `host` sends factors to LAPACK on the host's
-cores while the device goes on, and `dense` is `jnp.linalg.svd` of whole gradients.
+values. `gram` decomposes on the device, `qr` makes cores there whose values the host takes, `host`
+sends factors to LAPACK on the host's cores while the device goes on, and `dense` is
+`jnp.linalg.svd` of whole gradients.
 """
 
 import statistics

@@ -84,11 +84,13 @@ def split_axes(
     """
     if len(shape) == 1:
         return ((),)
-    along = (() if axis == "D" and "V" in axes else MESH_AXES[axis] for axis in axes)
-    return tuple(
-        mesh_axes if size % math.prod(sizes[axis] for axis in mesh_axes) == 0 else ()
-        for mesh_axes, size in zip(along, shape, strict=True)
-    )
+    split = {
+        axis: along if size % math.prod(sizes[name] for name in along) == 0 else ()
+        for axis, size, along in zip(axes, shape, map(MESH_AXES.__getitem__, axes), strict=True)
+    }
+    if split.get("V"):
+        split["D"] = ()  # a table is split by rows, and along D only where those do not divide
+    return tuple(split[axis] for axis in axes)
 
 
 def place_examples(mesh: Mesh, array: np.ndarray) -> jax.Array:

@@ -30,7 +30,9 @@ from gradjax.spectra.singular_values import Route
 from gradjax.structs import PROJECTIONS, Factors, TokenBatch
 
 ROOT = Path(__file__).parent.parent
-LENGTHS = (7, 37, 59, 11, 23)
+# Two examples a device, of which some are filler.
+LENGTHS = (7, 37, 59, 11, 23, 5, 41, 13, 3, 29, 17)
+SLOTS = 16
 
 
 def run_on_eight_devices(program: str, *arguments: str) -> dict:
@@ -59,11 +61,11 @@ def mesh_of(split: list[int]) -> Mesh:
 
 def make_batch() -> TokenBatch:
     rng = np.random.default_rng(0)
-    shape = (8, max(LENGTHS) + 2)
+    shape = (SLOTS, max(LENGTHS) + 2)
     tokens, targets = rng.integers(0, 101, shape).astype(np.int32), np.zeros(shape, bool)
     for row, length in enumerate(LENGTHS):
         targets[row, 2:length] = True
-    lengths = np.array([*LENGTHS, 0, 0, 0], np.int32)
+    lengths = np.array([*LENGTHS, *[0] * (SLOTS - len(LENGTHS))], np.int32)
     return TokenBatch(tuple(range(len(LENGTHS))), tokens, targets, lengths)
 
 

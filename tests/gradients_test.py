@@ -1,11 +1,15 @@
 """Losses, spectra and cosines against float64 autograd, in every family and on every path."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.resolve import DEMO, resolve
 from gradjax.checkpoints.safetensors import load_decoder
+from gradjax.gradients import factored
 from gradjax.gradients.factored import HEAD_CHUNKS, attention_gradients
 from gradjax.model.attention import CHUNKS
 from gradjax.sharding import one_device
@@ -218,6 +222,36 @@ def test_more_target_tokens_than_one_head_chunk(pair):
         np.testing.assert_allclose(
             delta.T @ x, gradients[2, "v"], atol=1e-5 * np.abs(gradients[2, "v"]).max()
         )
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("vocabulary", [37, 40, 101])
+def test_losses_and_their_gradients_in_chunks_of_the_vocabulary(monkeypatch, vocabulary, softcap):
+    """Against float64; a token for each label, of which every third is all but certain."""
+    monkeypatch.setattr(factored, "VOCABULARY_CHUNK", 40)
+    config = dataclasses.replace(read_config(resolve(DEMO).directory), vocab_size=vocabulary)
+    config = dataclasses.replace(config, logits_softcap=softcap)
+    rng, labels = np.random.default_rng(3), np.arange(vocabulary)
+    table, normed = rng.standard_normal((2, vocabulary, 13)).astype(np.float32)
+    normed[::3] = 25 * table[::3] / (table[::3] ** 2).sum(axis=1, keepdims=True)
+
+    scores = normed.astype(np.float64) @ table.T.astype(np.float64)
+    slopes = np.ones_like(scores)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+        slopes = 1 - (scores / softcap) ** 2
+    others = np.exp(scores - scores[labels, labels][:, None])  # over the label's own
+    others[labels, labels] = 0
+    pulls = others / (1 + others.sum(axis=1, keepdims=True))
+    pulls[labels, labels] = -pulls.sum(axis=1)
+    expected = np.log1p(others.sum(axis=1)), (pulls * slopes) @ table
+
+    arrays = (jnp.asarray(array) for array in (table, normed, labels.astype(np.int32)))
+    losses, gradients = factored.token_losses_gradient(config, *arrays)
+    assert softcap or expected[0].min() < 1e-4
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-4)
+    largest = np.abs(expected[1]).max(axis=1, keepdims=True)
+    np.testing.assert_allclose(gradients / largest, expected[1] / largest, rtol=0, atol=1e-4)
 
 
 def test_row_without_gradient_has_no_effective_rank(pair):

@@ -110,7 +110,7 @@ def run_config() -> config.RunConfig:
             f"--data={own[0]}: no --model is given; name the model whose gradients are wanted, as "
             "in --model=qwen2.5_0.5b (the embedded one, --model=demo, knows only word problems)"
         )
-    if values["topology"] and not values["plan"]:
+    if values["topology"] is not None and not values["plan"]:
         raise GradjaxError(
             f"--topology={values['topology']}: expected with --plan only; a run takes the devices "
             "that are here"

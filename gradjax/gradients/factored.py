@@ -38,7 +38,6 @@ from gradjax.structs import Factors, Projection
 # the compiler's cycles of 512 are half those of 128 in bfloat16, which read the table more often.
 HEAD_CHUNKS = {"cpu": 128, "gpu": 512, "tpu": 512}
 VOCABULARY_CHUNK = 4096
-_HIDDEN = float(jnp.finfo(jnp.float32).min)
 
 
 def attention_gradients(
@@ -167,7 +166,7 @@ def token_losses_gradient(
         )
         entry = first + jnp.arange(chunk, dtype=jnp.int32)
         hidden = (entry == labels[:, None]) | (entry < i * chunk)
-        scores = jnp.where(hidden, _HIDDEN, scores)
+        scores = jnp.where(hidden, layers.HIDDEN, scores)
         new = jnp.maximum(largest, scores.max(axis=-1))
         weights, shrink = jnp.exp(scores - new[:, None]), jnp.exp(largest - new)
         pull = product("mv,vd->md", (weights * slope).astype(table.dtype), part)
@@ -296,7 +295,7 @@ def block_backward(
 def mask_factors(factors: Factors, contributing: dict[Projection, Bool[Array, "B T"]]) -> Factors:
     """Factors whose Δ is zero for tokens that do not contribute (`contributing_tokens`).
 
-    Their inputs are then multiplied by zero, and stay as they are.
+    Their inputs are multiplied by zero then, and stay as they are: finite in any sound row.
     """
     return factors._replace(
         **{

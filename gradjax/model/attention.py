@@ -19,14 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gradjax.model.config import DecoderConfig
-from gradjax.model.layers import einsum, rotate, soft_cap_slope
+from gradjax.model.layers import HIDDEN, einsum, rotate, soft_cap_slope
 from gradjax.sharding import platform
 
 # Most tokens whose scores exist at a time, as queries and as keys. On a CPU the fastest of 128 to
 # 1,024 (scores stay in the cache); on a TPU by the compiler's cycles (benchmarks/RESULTS.md); on a
 # GPU not measured, large enough to fill it.
 CHUNKS = {"cpu": 256, "gpu": 1024, "tpu": 512}
-_HIDDEN = float(jnp.finfo(jnp.float32).min)
 Index = Array | int  # of a chunk; an int where there is only one
 _einsum = partial(einsum, preferred_element_type=jnp.float32)
 
@@ -68,7 +67,7 @@ def attention(
 
         f32 = partial(jnp.full, dtype=jnp.float32)
         rows = qs.shape[1:-1]
-        start = (f32(rows, _HIDDEN), f32(rows, 0), f32(qs.shape[1:], 0))
+        start = (f32(rows, HIDDEN), f32(rows, 0), f32(qs.shape[1:], 0))
         largest, total, out = _over_visible(ks, i, window, keys, start)
         return None, ((out / total[..., None]).astype(q.dtype), largest + jnp.log(total))
 
@@ -164,7 +163,7 @@ def _masked(
     if window is not None:
         visible &= distance < window
     visible = jnp.tile(visible, (scores.shape[2] // chunk, 1))
-    return jnp.where(visible, scores, _HIDDEN)
+    return jnp.where(visible, scores, HIDDEN)
 
 
 def _over_chunks(

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 from gradjax.model.config import DecoderConfig, RopeScaling
 
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+# The score of what a softmax leaves out.
+HIDDEN = float(jnp.finfo(jnp.float32).min)
 
 
 def linear(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:

@@ -3,7 +3,8 @@
 Weights are split along `fsdp` (gathered when they are used) and along `tensor` (each device
 multiplies its part, for all examples of its tensor group, and activations change hands instead).
 Tables over the vocabulary are split along both by rows: the head is gathered, and of the embedding
-the rows of tokens change hands. The products run inside `jax.shard_map`, and on whole weights they
+the rows of tokens change hands. Where rows do not divide they are split along `fsdp` by columns,
+and gathered. The products run inside `jax.shard_map`, and on whole weights they
 are plain matrix products.
 """
 
@@ -65,13 +66,14 @@ def matrix(weight: Array, parameter: Parameter, config: DecoderConfig) -> Matrix
     return Matrix(whole, axis, weight.shape[1 - axis] != shape[1 - axis])
 
 
-def whole_table(config: DecoderConfig, table: Float[Array, "_part D"]) -> Float[Array, "V D"]:
+def whole_table(config: DecoderConfig, table: Float[Array, "_rows _width"]) -> Float[Array, "V D"]:
     """The embedding table or output head, gathered."""
-    return _whole(table, 0, config.vocab_size, MESH_AXES["V"])
+    rows = _whole(table, 0, config.vocab_size, MESH_AXES["V"])
+    return _whole(rows, 1, config.hidden_size, MESH_AXES["D"])
 
 
 def table_rows(
-    config: DecoderConfig, table: Float[Array, "_part D"], tokens: Int[Array, "B T"]
+    config: DecoderConfig, table: Float[Array, "_rows _width"], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     """The table's rows of own tokens: where it is split, of whichever device holds them.
 
@@ -79,7 +81,7 @@ def table_rows(
     that what changes hands at a time is no larger than the result.
     """
     if len(table) == config.vocab_size:
-        return jnp.take(table, tokens, axis=0)
+        return jnp.take(whole_table(config, table), tokens, axis=0)
     group = MESH_AXES["V"]
     first = jax.lax.axis_index(group) * len(table)
 

@@ -186,8 +186,7 @@ def batch_memory(
 
     factors = tokens * (2 * width + 2 * wide + 2 * narrow) * itemsize
     entries = sum(math.prod(_shape(model, p)) for p in config.projections)
-    held = len(layers) if config.similarity == "all" else min(2, len(layers))
-    gradients = 4 * rows * entries * held
+    gradients = 4 * rows * entries * layers_held(model, config)
     alive = factors * min(LAYERS_AHEAD + 1, len(layers)) + gradients
 
     spaces = workspaces(model, config, batch, itemsize, mesh, platform)
@@ -195,6 +194,14 @@ def batch_memory(
     fullest = max(spaces["head"], spaces["block_backward"] + again, spaces["spectra"])
     weights = weight_bytes(model, itemsize, mesh)
     return Memory(weights, kept, alive, fullest + 2 * stream, _CODE.get(platform, 0))
+
+
+def layers_held(model: DecoderConfig, config: SpectraConfig) -> int:
+    """Layers whose gradients exist at once."""
+    layers = len(config.layer_numbers(model.num_layers))
+    if config.similarity == "all" or config.spectrum == "dense":
+        return layers
+    return min(LAYERS_AHEAD + 1, layers)
 
 
 def workspaces(
@@ -215,6 +222,7 @@ def workspaces(
     )
     table = all_parameters(model)["embedding"]
     whole_table = itemsize * (math.prod(table.shape(model)) - _part(model, table, mesh))
+    by_rows = split_axes(mesh, table.axes, table.shape(model))[table.axes.index("V")]
     stream = tokens * sizes["D"] * itemsize
     mlp = tokens * sizes["F"] * itemsize * holds.mlp + stream * holds.mlp_stream
     chunk = -(-batch.length // -(-batch.length // CHUNKS[platform]))
@@ -224,7 +232,8 @@ def workspaces(
     entries = min(VOCABULARY_CHUNK, model.vocab_size)
     logits = 2 * 4 * targets * entries + (4 * 4 * targets + itemsize * entries) * sizes["D"]
     return {
-        "embed": whole_table,
+        # Tokens' rows change hands, of as many tokens at a time as make a stream.
+        "embed": min(whole_table, 2 * stream) if by_rows else whole_table,
         "head": whole_table + logits,
         "block_backward": gathered + max(mlp, attention),
         "spectra": _spectra_workspace(model, config, rows, batch.length, platform),

@@ -13,7 +13,7 @@ from gradjax.device import Device
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.parameters import block_parameters
-from gradjax.runs.cost import Plan, batch_flops, fits, make_plan
+from gradjax.runs.cost import Plan, batch_flops, fits, layers_held, make_plan
 from gradjax.runs.inputs import Inputs
 from gradjax.sharding import DATA, local_slots, parse_mesh
 from gradjax.structs import TokenizedExample
@@ -117,12 +117,11 @@ def batch_rows(
     """
     among = range(len(tokenized)) if among is None else among
     positions = [i for i in among if tokenized[i].status == "ok"]
-    layers = len(config.layer_numbers(model.num_layers)) if _holds_all_layers(config) else 2
     lengths = [tokenized[i].num_tokens for i in positions]
     specs = batch_by_length(
         lengths,
         batch_tokens or device.batch_tokens,
-        _most_rows(model, layers, device),
+        _most_rows(model, layers_held(model, config), device),
         devices,
         max_shapes=shapes or MAX_SHAPES,
         shape_tokens=0 if shapes else _shape_tokens(model, config, lengths, device, devices),
@@ -180,14 +179,14 @@ def _shape_tokens(
     device: Device,
     devices: int,
 ) -> float:
-    """Padded tokens that all devices could compute while one more shape is compiled."""
+    """Padded tokens that all devices could compute while one more shape is compiled.
+
+    Devices of a CPU share its cores: eight compute no more than one.
+    """
     mean = BatchSpec((), -(-sum(lengths) // max(len(lengths), 1)) or 1, 1)
     flops = batch_flops(model, config, mean, keeps_activations=True)
-    return devices * device.compiling_flops * mean.length / flops
-
-
-def _holds_all_layers(config: SpectraConfig) -> bool:
-    return config.similarity == "all" or config.spectrum == "dense"
+    share = 1 if device.platform == "cpu" else devices
+    return share * device.compiling_flops * mean.length / flops
 
 
 def _most_rows(config: DecoderConfig, layers_held: int, device: Device) -> int:

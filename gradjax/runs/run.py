@@ -38,7 +38,7 @@ from gradjax.runs.layout import (
 )
 from gradjax.runs.manifest import describe_invocation, describe_machine, manifest, number_settings
 from gradjax.runs.progress import BackgroundWriter, shards, with_progress
-from gradjax.sharding import make_mesh
+from gradjax.sharding import make_mesh, parse_mesh
 from gradjax.spectra.decompose import resolved_route
 from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.store import open_store, require_run
@@ -132,16 +132,19 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
     Raises:
       GradjaxError: as `run`, and, after printing, if the run would not fit.
     """
-    device, devices = parse_topology(topology) if topology else _devices_at_hand(config)
+    if topology is None:
+        device, devices = _devices_at_hand(config)
+    else:
+        device, devices = parse_topology(topology)
+        if config.mesh and (product := math.prod(parse_mesh(config.mesh).values())) != devices:
+            raise GradjaxError(
+                f"--mesh={config.mesh} is for {product} devices, and --topology={topology} has "
+                f"{devices}; give sizes whose product is {devices}"
+            )
     resolved_route(config.spectra, device.platform)
     # Of a whole run, whatever a store holds of it.
     inputs = read_inputs(dataclasses.replace(config, overwrite=True))
     planned = lay_out(config, inputs, device, devices)
-    if topology and math.prod(planned.mesh.values()) != devices:
-        raise GradjaxError(
-            f"--mesh={config.mesh} is for {math.prod(planned.mesh.values())} devices, and "
-            f"--topology={topology} has {devices}; give sizes whose product is {devices}"
-        )
     print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype)))
     print(format_shapes(config, inputs, planned))
     require_fit(planned, remedies(config, inputs, device, planned.mesh))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ _FEWEST_ROWS = 512
 # Tokens, as a share of min(O, I), up to which the Gram route's core is cheaper than G itself:
 # operations 2τ² + 8τ³ against 5, of which the eigenvalues take 4τ³ and 4.
 _FACTORS_UP_TO = 0.75
+# Cubes of cores' sides, summed, that are worth a task of the pool: about a millisecond of a core.
+_TASK = 4e6
 
 
 def allowed_routes(platform: str) -> tuple[Route, ...]:
@@ -114,6 +116,47 @@ def _fetch(pool: ThreadPoolExecutor, arrays: Any) -> Future[Any]:
     return pool.submit(jax.tree.map, local_examples, arrays)
 
 
+class _Job(NamedTuple):
+    """Gradients of a row whose values are computed together."""
+
+    row: int
+    projections: tuple[Projection, ...]
+    tokens: np.ndarray | None  # of the factors; None: the gradient itself is decomposed
+    side: int  # of each core
+
+
+def _jobs(
+    projections: tuple[Projection, ...], gradients: Gradients, contributing: Contributing
+) -> Iterator[_Job]:
+    for group in _sharing_inputs(projections):
+        smaller = {p: min(gradients[p].shape[1:]) for p in group}
+        # Other tokens add nothing to G but a row to the core.
+        for row, mask in enumerate(np.any([contributing[p] for p in group], axis=0)):
+            tokens = np.flatnonzero(mask) if mask.any() else np.zeros(1, np.intp)
+            few: tuple[Projection, ...] = tuple(
+                p for p in group if len(tokens) <= _FACTORS_UP_TO * smaller[p]
+            )
+            if few:
+                yield _Job(row, few, tokens, len(tokens))
+            for projection in group:
+                if projection not in few:
+                    yield _Job(row, (projection,), None, smaller[projection])
+
+
+def _tasks(jobs: Iterator[_Job]) -> Iterator[list[_Job]]:
+    """The jobs, small ones several at a time: one thread hands them to all others."""
+    task: list[_Job] = []
+    work = 0
+    for job in jobs:
+        task.append(job)
+        work += len(job.projections) * job.side**3
+        if work >= _TASK:
+            yield task
+            task, work = [], 0
+    if task:
+        yield task
+
+
 def _on_host(
     pool: ThreadPoolExecutor,
     projections: tuple[Projection, ...],
@@ -122,42 +165,36 @@ def _on_host(
     contributing: Contributing,
 ) -> Callable[[], Values]:
     fetched = _fetch(pool, (factors, *formed))
+    tasks = list(_tasks(_jobs(projections, formed[0], contributing)))
 
-    def by_factors(group: tuple[Projection, ...], row: int, tokens: np.ndarray) -> list[np.ndarray]:
-        host, *_ = fetched.result()
-        x = host.of(group[0])[0][row, tokens]
-        deltas = [host.of(projection)[1][row, tokens] for projection in group]
-        if not all(np.isfinite(array).all() for array in (x, *deltas)):
-            return [np.full(1, np.nan)] * len(group)
-        return gram_singular_values(np, x, deltas)
+    def work(task: list[_Job]) -> list[list[np.ndarray]]:
+        host = fetched.result()
+        return [_host_values(host, job) for job in task]
 
-    def by_gradient(projection: Projection, row: int) -> list[np.ndarray]:
-        _, gradients, scales = fetched.result()
-        return [_finite_values(gradients[projection][row]) * float(scales[projection][row])]
-
-    futures: dict[tuple[tuple[Projection, ...], int], Future] = {}
-    for group in _sharing_inputs(projections):
-        smaller = {p: min(formed[0][p].shape[1:]) for p in group}
-        for row in range(len(contributing[group[0]])):
-            # Other tokens add nothing to G but a row to the core; a zero gradient keeps one.
-            any_of = np.any([contributing[p][row] for p in group], axis=0)
-            tokens = np.flatnonzero(any_of) if any_of.any() else np.zeros(1, np.intp)
-            few: tuple[Projection, ...] = tuple(
-                p for p in group if len(tokens) <= _FACTORS_UP_TO * smaller[p]
-            )
-            if few:
-                futures[few, row] = pool.submit(by_factors, few, row, tokens)
-            for projection in set(group).difference(few):
-                futures[(projection,), row] = pool.submit(by_gradient, projection, row)
+    futures = [pool.submit(work, task) for task in tasks]
 
     def wait() -> Values:
         values: Values = {p: [np.zeros(0)] * len(contributing[p]) for p in projections}
-        for (group, row), future in futures.items():
-            for projection, row_values in zip(group, future.result(), strict=True):
-                values[projection][row] = row_values
+        for task, future in zip(tasks, futures, strict=True):
+            for job, found in zip(task, future.result(), strict=True):
+                for projection, row_values in zip(job.projections, found, strict=True):
+                    values[projection][job.row] = row_values
         return cut_values(values, contributing)
 
     return wait
+
+
+def _host_values(host: Any, job: _Job) -> list[np.ndarray]:
+    """Values of each of a job's projections, from factors and gradients fetched to the host."""
+    factors, gradients, scales = host
+    row, tokens = job.row, job.tokens
+    if tokens is None:
+        return [_finite_values(gradients[p][row]) * float(scales[p][row]) for p in job.projections]
+    x = factors.of(job.projections[0])[0][row, tokens]
+    deltas = [factors.of(projection)[1][row, tokens] for projection in job.projections]
+    if not all(np.isfinite(array).all() for array in (x, *deltas)):
+        return [np.full(1, np.nan)] * len(deltas)
+    return gram_singular_values(np, x, deltas)
 
 
 def _finite_values(matrix: Float[np.ndarray, "O I"]) -> Float[np.ndarray, " R"]:
