@@ -39,7 +39,7 @@ flags.DEFINE_list("ways", ["cores", "svd", "jacobi"], "some of them, separated b
 
 def core(x: Float[Array, "T I"], delta: Float[Array, "T O"]) -> Float[Array, "T T"]:
     """A matrix with the singular values of `ΔᵀX`, T at most O and I."""
-    panels = len(x) // PANEL
+    panels = jnp.int32(len(x) // PANEL)
     return triangle(delta, panels).T @ triangle(x, panels)
 
 
@@ -80,8 +80,8 @@ def example(side: int, *, ill_conditioned: bool) -> tuple[np.ndarray, np.ndarray
 
 def exact(x: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """Singular values of `ΔᵀX` in float64."""
-    lower = [np.linalg.qr(matrix.T.astype(np.float64), mode="r").T for matrix in (x, delta)]
-    return np.linalg.svd(lower[1].T @ lower[0], compute_uv=False)
+    upper = [np.asarray(np.linalg.qr(m.T.astype(np.float64), mode="r")) for m in (x, delta)]
+    return np.linalg.svd(upper[1] @ upper[0].T, compute_uv=False)
 
 
 def host_values(core: np.ndarray) -> tuple[np.ndarray, float]:
