@@ -129,6 +129,7 @@ HLO = """
 }
 ENTRY %main (p: s32[]) -> s32[] {
   %w.1 = (s32[]) while(%p), condition=%outer_condition, body=%outer_body
+  %none = f32[8]{0} fusion(%p), calls=%f, backend_config={"estimated_cycles":"18446744073709551615"}
   %e = f32[8]{0} conditional(%p, %q), branch_computations={%short, %long}
   ROOT %g = f32[8]{0} fusion(%p), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"100"}
 }

@@ -1,6 +1,7 @@
 """What a plan says, against what compiled programs and a real run hold."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from gradjax.runs import cost
 from gradjax.runs.cost import batch_flops, batch_memory, spectra_flops
 from gradjax.runs.run import print_plan, run
 from gradjax.sharding import one_device, parse_mesh
-from gradjax.spectra.batch import LAYERS_AHEAD
+from gradjax.spectra.batch import LAYERS_AHEAD, BatchConfig, batch_spectra
+from gradjax.structs import TokenBatch
 
 ALONE = parse_mesh("data:1")
 
@@ -109,6 +111,39 @@ def test_live_arrays_during_the_backward_pass_are_block_inputs_and_one_block(num
     stream = rows * length * model.hidden_size * 4
     rope = 4 * length * model.head_dim
     assert highest <= num_layers * stream + size + 2 * stream + 5 * tokens.size + rope
+
+
+@pytest.mark.parametrize("similarity", ["none", "adjacent", "all"])
+def test_gradients_of_as_many_layers_exist_as_the_plan_says(similarity):
+    model, length = make_config(5, vocab_size=257), 19
+    refs: list[weakref.ref] = []  # one gradient of each layer
+    most = 0
+
+    def decompose(_factors, formed, contributing):
+        nonlocal most
+        held = [formed]  # as a pool holds what it works on
+        refs.append(weakref.ref(formed[0]["q"]))
+        most = max(most, sum(ref() is not None for ref in refs))
+
+        def wait():
+            held.clear()
+            return {p: [np.ones(1)] * len(mask) for p, mask in contributing.items()}
+
+        return wait
+
+    tokens = np.arange(length, dtype=np.int32)[None]
+    config = SpectraConfig(similarity=similarity)
+    settings = BatchConfig(
+        layers=tuple(range(5)),
+        projections=config.projections,
+        similarity=similarity,
+        decompose=decompose,
+        keep_activations=False,
+        dense_chunk=1,
+    )
+    batch = TokenBatch((0,), tokens, tokens > 5, np.array([length]))
+    batch_spectra(random_decoder(model, seed=0), batch, settings)()
+    assert most == cost.layers_held(model, config)
 
 
 def test_mesh_splits_weights_and_rows():

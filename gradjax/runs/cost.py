@@ -233,7 +233,7 @@ def workspaces(
     logits = 2 * 4 * targets * entries + (4 * 4 * targets + itemsize * entries) * sizes["D"]
     return {
         # Tokens' rows change hands, of as many tokens at a time as make a stream.
-        "embed": min(whole_table, 2 * stream) if by_rows else whole_table,
+        "embed": min(whole_table, stream) if by_rows else whole_table,
         "head": whole_table + logits,
         "block_backward": gathered + max(mlp, attention),
         "spectra": _spectra_workspace(model, config, rows, batch.length, platform),

@@ -19,7 +19,6 @@ from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenize
 from gradjax.data.batches import BatchSpec, batch_by_length, make_batch, round_up
 from gradjax.device import local_device, memory_faults
 from gradjax.errors import GradjaxError
-from gradjax.gradients.factored import HEAD_CHUNKS
 from gradjax.model import decoder, gpt2
 from gradjax.structs import TokenBatch, TokenizedExample
 
@@ -28,6 +27,7 @@ _GPT2_REPO = "openai-community/gpt2"
 _FLAG = "ifd_model"
 _SHAPES = 6  # in one call
 _FINENESS = 4  # sizes and padded lengths to each doubling
+_CHUNK = 128  # positions whose logits exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +156,8 @@ def batch_faults(batch: TokenBatch) -> AbstractContextManager[None]:
 
 def _chunks(array: np.ndarray) -> np.ndarray:
     """[N, ...] -> [chunks, size, ...], the last filled up with zeros: logits are wide."""
-    size = HEAD_CHUNKS[local_device().platform]
-    padding = np.zeros((-len(array) % size, *array.shape[1:]), array.dtype)
-    return np.concatenate([array, padding]).reshape(-1, size, *array.shape[1:])
+    padding = np.zeros((-len(array) % _CHUNK, *array.shape[1:]), array.dtype)
+    return np.concatenate([array, padding]).reshape(-1, _CHUNK, *array.shape[1:])
 
 
 @partial(jax.jit, static_argnums=0)
