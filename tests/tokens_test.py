@@ -21,6 +21,18 @@ from tests.tokenizers import BOS, END_OF_TURN, FAMILIES, make_tokenizer
 pytestmark = pytest.mark.smoke
 
 CHAT = TokenConfig("chat")
+BOTH_ENDS = ("<|begin_of_text|>", "<|end_of_text|>")
+
+# As DeepSeek-R1-Distill's: thoughts are dropped from finished turns, and a prompt opens them.
+R1_TEMPLATE = """\
+{%- for m in messages %}
+    {%- if m.role == "user" %}{{- "<|im_start|>" + m.content }}{% endif %}
+    {%- if m.role == "assistant" %}
+        {{- "<|im_end|>" + m.content.split("</think>")[-1] + "<|endoftext|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_end|><think>\\n" }}{% endif %}
+"""
 
 nfc = functools.partial(unicodedata.normalize, "NFC")
 
@@ -95,6 +107,20 @@ def test_plain_without_bos_never_targets_the_first_token():
     result = tokenize(pair("", "abc"), tokenizer, TokenConfig())
     assert not result.targets[0]
     assert target_texts(result, tokenizer) == ["abc"]
+
+
+@pytest.mark.parametrize("output", ["5", "one two three"])
+def test_an_eos_that_the_tokenizer_appends_shifts_nothing(output):
+    tokenizer = make_tokenizer("llama")
+    without = tokenize(pair("What?", output), tokenizer, TokenConfig())
+    eos = "<|end_of_text|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<|begin_of_text|> $A {eos}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in BOTH_ENDS],
+    )
+    result = tokenize(pair("What?", output), tokenizer, TokenConfig())
+    assert result.tokens.tolist() == [*without.tokens, tokenizer.convert_tokens_to_ids(eos)]
+    assert result.targets.tolist() == [*without.targets, True]
 
 
 def test_plain_puts_a_system_message_before_the_question():
@@ -246,6 +272,48 @@ def test_a_template_that_rewrites_earlier_turns_is_an_invalid_row():
     result = tokenize(chat("question", "long answer", "question", "end"), tokenizer, CHAT)
     assert result.status == "invalid_row"
     assert "turn 2" in result.reason
+
+
+@pytest.mark.parametrize("answers", [("yo",), ("<b>yo</b>",), ("<think>", "<thin"), ("\n<", "a")])
+def test_a_prompt_that_opens_a_thought_is_no_part_of_a_turn(answers):
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = R1_TEMPLATE
+    check_tokenizer(tokenizer, CHAT)
+    turns = [text for answer in answers for text in ("hi", answer)]
+    result = tokenize(chat(*turns), tokenizer, CHAT)
+    assert result.status == "ok"
+    assert target_texts(result, tokenizer) == [f"{answer}<|endoftext|>" for answer in answers]
+
+
+@pytest.mark.parametrize(
+    ("turns", "role", "number"),
+    [
+        (("hi", "<think>\nwhy</think>yo"), "assistant", 2),
+        (("hi", "yo", "a", "b</think>\n\nc"), "assistant", 4),
+    ],
+)
+def test_a_template_that_drops_what_a_turn_says_makes_an_invalid_row(turns, role, number):
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = R1_TEMPLATE
+    result = tokenize(chat(*turns), tokenizer, CHAT)
+    assert (result.status, result.num_tokens) == ("invalid_row", 0)
+    assert f"drops or changes some of the {role}'s text in turn {number}" in result.reason
+
+
+def test_a_template_that_drops_a_system_message_makes_an_invalid_row():
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = R1_TEMPLATE
+    result = tokenize(chat("hi", "yo", system="Be kind."), tokenizer, CHAT)
+    assert result.status == "invalid_row"
+    assert "the system's text in turn 1" in result.reason
+
+
+def test_a_thought_that_the_prompt_opens_and_the_turn_keeps_is_usable():
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = R1_TEMPLATE.replace('.split("</think>")[-1]', "")
+    result = tokenize(chat("hi", "<think>\nwhy</think>yo"), tokenizer, CHAT)
+    # The prompt holds the tag already, so the loss begins behind it.
+    assert target_texts(result, tokenizer) == ["why</think>yo<|endoftext|>"]
 
 
 def test_a_template_without_end_of_turn_marks_the_whole_content():

@@ -2,19 +2,22 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from gradjax.checkpoints.orbax import ORIGIN, read_origin
 from gradjax.device import cache_directory
@@ -49,6 +52,13 @@ REGISTRY: dict[str, str] = _BASE_MODELS | {
 _HUB_FILES = ["*.json", "*.jinja"]
 _HUB_WEIGHTS = "model*.safetensors"
 _TOKENIZER_FILE = "tokenizer.json"
+# Texts that tokenizers treat differently: spaces, digits, lines, scripts, forms of one letter.
+_PROBES = (
+    "a",
+    "  two  spaces,\ttab 3,141,592.65 in 2024\n\n\nlines\r\nx",
+    "naïve e\u0301 ﬁ ｗｉｄｅ, 数据和한국어 العربية, 😀👩‍👩‍👧",
+    'don\'t print("x")  # <b>_</b> ▁',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,33 +112,63 @@ def fetch_weights(checkpoint: Checkpoint, *, flag: str = "model") -> Checkpoint:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer in a checkpoint's directory; runs no code from it.
+    """The tokenizer of a checkpoint's tokenizer.json, whatever class its configuration declares.
 
-    Raises GradjaxError where `tokenizer.json` is missing or cannot be read.
+    Names of special tokens and the chat template are those of tokenizer_config.json; no code of
+    the checkpoint runs. Raises GradjaxError where tokenizer.json is missing, cannot be read or
+    gives other ids than the loaded tokenizer.
     """
     directory = Path(directory)
-    if not (directory / _TOKENIZER_FILE).is_file():
+    file = directory / _TOKENIZER_FILE
+    if not file.is_file():
         raise GradjaxError(
             f"{directory} has no {_TOKENIZER_FILE}: put the model's tokenizer files "
             f"({_TOKENIZER_FILE}, tokenizer_config.json) there, as save_pretrained of its fast "
             "tokenizer writes them."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
+        truth = Tokenizer.from_file(str(file))
+        truth.no_truncation()
+        truth.no_padding()
+        # Not AutoTokenizer: classes that it takes rebuild some files by rules of their own.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
         raise GradjaxError(
             f"{directory}: the tokenizer ({_TOKENIZER_FILE}, tokenizer_config.json) cannot be read "
-            f"({first_line(error)}), expected a fast tokenizer without code of its own: download "
-            "or save it again."
+            f"({first_line(error)}): download or save it again."
         ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise GradjaxError(
-            f"{directory}: tokenizer_config.json asks for {type(tokenizer).__name__}, expected a "
-            f"fast tokenizer, which gives character offsets: save one that has a {_TOKENIZER_FILE}."
-        )
+    added = "".join(token.content for token in truth.get_added_tokens_decoder().values())
+    for text in (*_PROBES, added):
+        found = tokenizer(text, add_special_tokens=False).input_ids
+        if found != (expected := truth.encode(text, add_special_tokens=False).ids):
+            raise GradjaxError(
+                f"{directory}: transformers gives {text!r} other ids than {_TOKENIZER_FILE} itself "
+                f"({found[:8]} instead of {expected[:8]}): tokenizer_config.json adds or changes "
+                "tokens; make it agree with the file, which the model was trained with."
+            )
+    _warn_of_ends(directory, tokenizer)
     return tokenizer
+
+
+def _warn_of_ends(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Says where BOS or EOS are declared otherwise than tokenizer.json adds them."""
+    ends = set(tokenizer("a").input_ids) - set(tokenizer("a", add_special_tokens=False).input_ids)
+    try:
+        declared = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return  # optional
+    for name in ("bos_token", "eos_token"):
+        asked, adds = declared.get(f"add_{name}"), getattr(tokenizer, f"{name}_id") in ends
+        if asked is not None and bool(asked) != adds:
+            logging.warning(
+                "%s: in tokenizer_config.json add_%s is %s, but %s adds %s: texts are taken as the "
+                "latter says, like transformers 5 does",
+                directory,
+                name,
+                json.dumps(asked),
+                _TOKENIZER_FILE,
+                "one" if adds else "none",
+            )
 
 
 def _from_object_store(url: str, flag: str, *, weights: bool = False) -> Checkpoint:

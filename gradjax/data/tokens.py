@@ -96,7 +96,9 @@ def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
 
     A system message stands on its own line before the question, like the exported
     `instruction`. The response starts after as many tokens as the text before its last
-    occurrence encodes to on its own; the text ends in it, so that is where it begins.
+    occurrence encodes to on its own; the text ends in it, so that is where it begins. An EOS that
+    the tokenizer appends is no token of the prompt, but one of the response; the reference counts
+    it in the prompt, so that there the response's first token is no target.
     """
     if not is_single_turn(example.messages):
         raise _UnusableError(
@@ -104,7 +106,8 @@ def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
         )
     prompt = example.instruction + "\n"
     tokens = np.asarray(_encode(tokenizer, prompt + example.output).input_ids, np.int32)
-    start = len(_encode(tokenizer, prompt).input_ids)
+    appended = _encode(tokenizer, prompt, return_special_tokens_mask=True)["special_tokens_mask"]
+    start = len(np.trim_zeros(1 - np.asarray(appended), "b"))
     return tokens, np.arange(len(tokens)) >= start
 
 
@@ -148,20 +151,56 @@ def _assistant_spans(
     text = _render(messages, tokenizer)
     special = tuple(tokenizer.get_added_vocab())
     spans = []
+    seen = first = 0  # characters and turns up to the last assistant turn
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
         through = _render(messages[: i + 1], tokenizer)
-        in_order = through.startswith(before) and text.startswith(through)
-        if not in_order or len(through) == len(before):
+        start = _turn_start(messages[:i], through, tokenizer)
+        if not text.startswith(through) or not seen < start < len(through):
             raise _UnusableError(
                 f"the chat template does not append turn {i + 1} to what it renders for the turns "
                 "before it, so its tokens cannot be told apart"
             )
+        _require_contents(messages[first:i], first, text[seen:start])
+        if message.content.strip() not in through[start:]:
+            # It may begin with what the generation prompt ends in ("<think>").
+            shared = _shared_length(_render(messages[:i], tokenizer), through)
+            _require_contents((message,), i, through[shared:])
         stripped = through.rstrip()
-        spans.append((len(before), len(stripped if stripped.endswith(special) else through)))
+        spans.append((start, len(stripped if stripped.endswith(special) else through)))
+        seen, first = len(through), i + 1
+    _require_contents(messages[first:], first, text[seen:])
     return text, spans
+
+
+def _turn_start(
+    before: tuple[Message, ...], through: str, tokenizer: PreTrainedTokenizerFast
+) -> int:
+    """Where the assistant turn behind `before` begins in its rendering `through`."""
+    prompt = _render(before, tokenizer, add_generation_prompt=True)
+    if through.startswith(prompt):
+        return len(prompt)
+    # The prompt opens what a finished turn does not have ("<think>"): a turn begins where another
+    # one, of a character that no template writes, parts from the prompt.
+    other = _render((*before, Message("assistant", "\ue000")), tokenizer)
+    start = _shared_length(prompt, other)
+    return start if through.startswith(prompt[:start]) else 0
+
+
+def _shared_length(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _require_contents(messages: tuple[Message, ...], first: int, rendered: str) -> None:
+    """A template that leaves out part of a turn would have the rest measured in its place."""
+    for number, message in enumerate(messages, start=first + 1):
+        if message.content.strip() not in rendered:
+            raise _UnusableError(
+                f"the chat template drops or changes some of the {message.role}'s text in turn "
+                f"{number}"
+            )
 
 
 def _render(
