@@ -1,7 +1,6 @@
 """The public Python API: what `gradjax spectra` itself is made of."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from gradjax.checkpoints.pretrained import Model, load_model
-from gradjax.config import SpectraConfig, TokenConfig, as_directory, select
+from gradjax.config import Reading, SpectraConfig, TokenConfig, as_directory, select
 from gradjax.data.examples import to_example
 from gradjax.data.tokens import check_tokenizer, check_vocabulary, tokenize
 from gradjax.device import local_device
@@ -23,43 +22,49 @@ from gradjax.structs import ExampleResult
 
 __all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
 
+_READING = {"columns", "field", "response_marker"}  # what rows without a source can be read by
+
 
 def gradient_spectra(
     model: Model,
     examples: Iterable[object],
     *,
     batch_tokens: int | None = None,
+    ordered: bool = True,
     **settings: Any,
 ) -> Iterator[ExampleResult]:
     """Losses, gradient spectra and cosines of SFT rows (paper, eqs. 1 to 4).
 
     Args:
       model: of `load_model`.
-      examples: rows as dicts: `instruction`/`output` (and `input`), `messages`, or
-        `conversations`. They are numbered from 0 in the results.
+      examples: rows as dicts, as of `gradjax spectra --data`. They are numbered from 0 in the
+        results.
       batch_tokens: padded tokens computed at once; by backend if None.
-      **settings: as the flags of `gradjax spectra`: `prompt_format`, `max_length`, `truncation`,
-        `target_tokens`, `spectrum`, `spectrum_route`, `layers`, `projections`, `similarity`.
+      ordered: give results in the order of the examples, all of them computed when the first is
+        asked for. Else as they come: unusable rows, then batch by batch, longest rows first.
+      **settings: as the flags of `gradjax spectra`: `columns`, `field`, `response_marker`,
+        `prompt_format`, `max_length`, `truncation`, `target_tokens`, `spectrum`,
+        `spectrum_route`, `layers`, `projections`, `similarity`.
 
     Returns:
-      An iterator, computed as it is read: one result per row, unusable rows first (with a status
-      and a reason), then batch by batch, longest rows first;
-      `result.tokenized.example.example_id` is the row's number. `loss` is in nats per target
-      token; each of `spectra` has singular values [≤ min(T, O, I)] of the gradient of that loss,
-      and what sums them up. See structs.py.
+      An iterator, computed as it is read: one result per row, with a status and a reason if it is
+      unusable; `result.tokenized.example.example_id` is the row's number. `loss` is in nats per
+      target token; each of `spectra` has singular values [≤ min(T, O, I)] of the gradient of that
+      loss, and what sums them up. See structs.py.
 
     Raises:
       GradjaxError: for a fault of the model or the settings, never for one of a row.
       TypeError: for an unknown setting.
     """
     tokens, spectra = select(TokenConfig, settings), select(SpectraConfig, settings)
-    if unknown := settings.keys() - vars(tokens).keys() - vars(spectra).keys():
+    reading = select(Reading, settings)
+    if unknown := settings.keys() - vars(tokens).keys() - vars(spectra).keys() - _READING:
         raise TypeError(f"gradient_spectra has no setting {', '.join(sorted(unknown))}")
     device = local_device()
     resolved_route(spectra, device.platform)  # refused before anything is computed
     check_tokenizer(model.tokenizer, tokens)
     tokenized = [
-        tokenize(to_example(row, "", number), model.tokenizer, tokens)
+        tokenize(to_example(row, "", number, reading), model.tokenizer, tokens)
         for number, row in enumerate(examples)
     ]
     check_vocabulary(tokenized, model.config.vocab_size)
@@ -67,8 +72,19 @@ def gradient_spectra(
     unusable = (ExampleResult(t, t.status, t.reason) for t in tokenized if t.status != "ok")
     devices = model.decoder.mesh.size
     plans = batch_rows(tokenized, spectra, model.config, device, batch_tokens, devices)
-    batches = compute_results(model.decoder, tokenized, spectra, plans, device)
-    return itertools.chain(unusable, itertools.chain.from_iterable(batches))
+
+    def computed() -> Iterator[ExampleResult]:
+        yield from unusable
+        for plan in plans:
+            # To its end: while the caller has a result, BLAS has the caller's number of threads.
+            for batch in list(compute_results(model.decoder, tokenized, spectra, [plan], device)):
+                yield from batch
+
+    return _in_order(computed()) if ordered else computed()
+
+
+def _in_order(results: Iterator[ExampleResult]) -> Iterator[ExampleResult]:
+    yield from sorted(results, key=lambda result: result.tokenized.example.example_id)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,52 @@ SpectrumMethod = Literal["factored", "dense"]
 SpectrumRoute = Literal["auto", "gram", "qr"]
 LayerPairs = Literal["adjacent", "all", "none"]
 ProcessKind = Literal["independent", "sharded"]
+PreferenceField = Literal["chosen", "rejected"]
+
+_COLUMN_NAMES = (
+    "instruction", "input", "output", "system", "history", "messages", "conversations",
+    "prompt", "text", "chosen", "rejected",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How data sources are read, beyond what is found without being told.
+
+    Raises:
+      GradjaxError: naming the flag, what was found and what was expected.
+    """
+
+    columns: tuple[str, ...] = ()  # NAME=COLUMN
+    field: PreferenceField | None = None  # of preference pairs
+    response_marker: str | None = None  # what the response in a text comes after
+    data_revision: str | None = None  # of Hub data sets
+    strict: bool = False  # refuse a file with a line that cannot be read
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(self.columns))
+        for spec in self.columns:
+            name, _, column = spec.partition("=")
+            if name not in _COLUMN_NAMES or not column:
+                raise GradjaxError(
+                    f"--columns={spec}: expected NAME=COLUMN, where NAME is one of "
+                    f"{', '.join(_COLUMN_NAMES)}{did_you_mean(name, _COLUMN_NAMES)}"
+                )
+        if self.field is not None:
+            _require_choice("field", self.field, get_args(PreferenceField))
+        if self.response_marker == "":
+            raise GradjaxError("--response_marker is empty: expected what responses come after")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Columns by standard name."""
+        pairs = (spec.partition("=") for spec in self.columns)
+        return {name: column for name, _, column in pairs}
+
+    def settings(self) -> dict[str, Any]:
+        """What rows depend on, for a manifest; empty by default."""
+        values = dataclasses.asdict(self) | {"columns": list(self.columns), "strict": False}
+        return {name: value for name, value in values.items() if value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +163,7 @@ class RunConfig:
     seed: int = 0
     store_singular_values: bool = True
     overwrite: bool = False
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))

@@ -19,7 +19,8 @@ Gradients have PyTorch's orientation (out, in): `G = Δᵀ X`.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+import json
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -44,10 +45,16 @@ Status = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; roles are `system`, `user` and `assistant`."""
+    """One turn of a conversation; roles are `system`, `user`, `assistant` and `tool`."""
 
     role: str
     content: str
+    tool_calls: str = ""  # JSON of an assistant's, as its row has them
+
+    def to_dict(self) -> dict[str, Any]:
+        """The turn as chat templates and data sets have it."""
+        turn = {"role": self.role, "content": self.content}
+        return turn | {"tool_calls": json.loads(self.tool_calls)} if self.tool_calls else turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Example:
     instruction: str = ""
     output: str = ""
     messages: tuple[Message, ...] = ()  # the turns in order; empty for an unusable row
+    ignored: tuple[str, ...] = ()  # columns of the row that were not read
     status: Status = "ok"
     reason: str = ""
 

@@ -2,12 +2,15 @@
 
 import json
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradjax.config import Reading
 from gradjax.data.examples import is_single_turn, to_example
 from gradjax.data.sources import row_hash
+from gradjax.errors import GradjaxError
 from gradjax.structs import Message
 
 pytestmark = pytest.mark.smoke
@@ -49,6 +52,35 @@ def turns(*pairs, keys=("role", "content")):
             "a",
         ),
         ({"instruction": "q", "output": "a", "messages": None}, "q", "a"),
+        ({"prompt": "q", "completion": "a"}, "q", "a"),
+        ({"prompt": "q", "response": "a", "id": 3}, "q", "a"),
+        ({"Question": "q", "Answer": "a"}, "q", "a"),
+        ({"query": "q", "response": "a"}, "q", "a"),
+        ({"INSTRUCTION": "q", "Input": "x", "OUTPUT": "a"}, "q\nx", "a"),
+        ({"instruction": "q", "input": float("nan"), "output": "a"}, "q", "a"),
+        ({"instruction": "q", "input": pd.NA, "output": "a"}, "q", "a"),
+        # Dolly, OpenOrca, Alpaca and ShareGPT with system, TRL's conversations, preference pairs
+        ({"instruction": "q", "context": "x", "response": "a", "category": "qa"}, "q\nx", "a"),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, "s\nq", "a"),
+        ({"instruction": "q", "input": "", "output": "a", "system": "s"}, "s\nq", "a"),
+        ({"instruction": "q", "output": "a", "system": " ", "history": []}, "q", "a"),
+        (
+            {
+                "system": "s",
+                "conversations": turns(("human", "q"), ("gpt", "a"), keys=("from", "value")),
+            },
+            "s\nq",
+            "a",
+        ),
+        ({"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}, "q", "a"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", "a"),
+        ({"prompt": "q", "chosen": turns(("user", "q"), ("assistant", "a"))}, "q", "a"),
+        ({"prompt": turns(("user", "q")), "chosen": turns(("assistant", "a"))}, "q", "a"),
+        (
+            {"messages": turns(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))},
+            "q",
+            "a",
+        ),
     ],
 )
 def test_single_turn_rows(row, instruction, output):
@@ -91,6 +123,14 @@ def test_conversations_show_their_last_answer():
         (None, "the row is a null"),
         ({}, "'instruction' is missing (found no fields)"),
         ({"prompt": "q", "\x1b[31m": 1}, "'instruction' is missing (found 'prompt', '\\x1b[31m')"),
+        ({"text": "### Q: q ### A: a"}, "the row is one 'text'"),
+        ({"prompt": "q", "completion": 5}, "'completion' is a int"),
+        ({"instruction": "q", "output": "a", "history": ["x"]}, "'history' is no list of"),
+        ({"chosen": "a", "rejected": "b"}, "'chosen' is a text, and the row has no prompt"),
+        (
+            {"messages": turns(("user", [{"type": "image", "url": "x"}]), ("assistant", "a"))},
+            "turn 1 of 'messages' holds a part that is no text ('image')",
+        ),
         ({"instruction": "q"}, "'output' is missing (found 'instruction')"),
         ({"instruction": "q", "output": None}, "'output' is a null, expected a string"),
         ({"instruction": 3, "output": "a"}, "'instruction' is a int"),
@@ -108,8 +148,8 @@ def test_conversations_show_their_last_answer():
         ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' has no field 'content'"),
         ({"messages": [{"content": "q"}]}, "turn 1 of 'messages' has no field 'role'"),
         (
-            {"messages": turns(("user", "q"), ("tool", "a"))},
-            "turn 2 of 'messages' has the unknown role 'tool'",
+            {"messages": turns(("user", "q"), ("robot", "a"))},
+            "turn 2 of 'messages' has the unknown role 'robot'",
         ),
         ({"messages": turns((["user"], "q"))}, "unknown role ['user']"),
         (
@@ -117,9 +157,10 @@ def test_conversations_show_their_last_answer():
             "'content' of turn 2 of 'messages' is a null",
         ),
         (
-            {"messages": turns(("user", [{"text": "q"}]))},
-            "'content' of turn 1 of 'messages' is a list",
+            {"messages": turns(("user", [3]))},
+            "turn 1 of 'messages' holds a part that is no text (3)",
         ),
+        ({"messages": turns(("user", {"a": 1}))}, "'content' of turn 1 of 'messages' is a dict"),
         ({"conversations": [{"from": "human"}]}, "turn 1 of 'conversations' has no field 'value'"),
         ({"conversations": turns(("bot" * 99, "q"))}, "unknown role 'botbot"),
     ],
@@ -131,6 +172,89 @@ def test_unusable_rows_keep_their_place_and_say_why(row, reason):
     assert (example.group, example.example_id, example.row_hash) == ("g", 5, row_hash(row))
     assert (example.instruction, example.output, example.messages) == ("", "", ())
     assert len(example.reason) < 300
+
+
+ROW = {
+    "id": 1,
+    "prompt": "p",
+    "chosen": "c",
+    "rejected": "r",
+    "text": "### Q:\nq ### A:\nx\n### A:\na",
+    "instruction": "i",
+    "output": "o",
+    "Reply": "y",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "instruction", "output", "used"),
+    [
+        ({}, "i", "o", {"instruction", "output"}),
+        ({"columns": ["output=Reply"]}, "i", "y", {"instruction", "Reply"}),
+        ({"columns": ["instruction=prompt", "output=Reply"]}, "p", "y", {"prompt", "Reply"}),
+        ({"field": "chosen"}, "p", "c", {"prompt", "chosen"}),
+        ({"field": "rejected"}, "p", "r", {"prompt", "rejected"}),
+        ({"response_marker": "### A:"}, "### Q:\nq ### A:\nx\n### A:", "a", {"text"}),
+    ],
+)
+def test_a_row_is_read_as_it_is_asked_for(options, instruction, output, used):
+    example = to_example(ROW, "g", 0, Reading(**options))
+    assert (example.status, example.instruction, example.output) == ("ok", instruction, output)
+    assert set(example.ignored) == ROW.keys() - used
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"columns": ["output=answer"]}, "'answer', which --columns names, is missing (found 'id'"),
+        ({"response_marker": "### Z:"}, "does not hold --response_marker='### Z:'"),
+    ],
+)
+def test_what_is_asked_for_and_not_there_is_said(options, reason):
+    example = to_example(ROW, "g", 0, Reading(**options))
+    assert example.status == "invalid_row"
+    assert reason in example.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": ["outptu=x"]}, "--columns=outptu=x: expected NAME=COLUMN.*output"),
+        ({"columns": ["output"]}, "--columns=output: expected NAME=COLUMN"),
+        ({"field": "best"}, "--field=best: expected one of chosen, rejected"),
+        ({"response_marker": ""}, "--response_marker is empty"),
+    ],
+)
+def test_odd_wishes_are_refused(options, message):
+    with pytest.raises(GradjaxError, match=message):
+        Reading(**options)
+
+
+def test_earlier_and_tool_turns_are_kept():
+    row = {"instruction": "q2", "output": "a2", "history": [["q", "a"], ["q1", "a1"]]}
+    roles = [(m.role, m.content) for m in to_example(row, "g", 0).messages]
+    assert roles == [
+        (role, f"{letter}{i}")
+        for i in ("", "1", "2")
+        for role, letter in (("user", "q"), ("assistant", "a"))
+    ]
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": call},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "a"},
+        ]
+    }
+    example = to_example(row, "g", 0)
+    assert example.status == "ok"
+    assert [m.role for m in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert example.messages[1].to_dict() == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": call,
+    }
 
 
 @pytest.mark.parametrize("output", ["", " \n\t", "\u2028"])
@@ -145,14 +269,13 @@ def test_blank_responses_are_empty(output):
     assert to_example(row, "g", 0).status == "empty_response"
 
 
-FIELDS = ["instruction", "output", "input", "messages", "conversations"]
-FIELDS += ["role", "content", "from", "value", "other"]
+FIELDS = ["instruction", "output", "input", "messages", "conversations", "prompt", "chosen"]
+FIELDS += ["role", "content", "from", "value", "other", "System", "history", "text", "tool_calls"]
+keys = st.sampled_from(FIELDS) | st.none() | st.integers() | st.tuples(st.text(max_size=2))
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
     max_leaves=12,
 )
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import threadpoolctl
 
 import gradjax
 from gradjax.checkpoints import hf_config
@@ -29,7 +30,7 @@ from gradjax.runs.inputs import default_directory
 from gradjax.runs.manifest import git_revision
 from gradjax.runs.run import run
 from gradjax.storage import store as store_module
-from gradjax.storage.results import format_table, group_means, rows_to_come, unused_rows
+from gradjax.storage.results import group_means, rows_to_come, unused_rows
 from gradjax.storage.store import TABLES, open_store, read_manifest, read_table
 from tests.whole_runs import MAIN, every_byte, start, tables
 
@@ -387,9 +388,9 @@ def test_every_row_gets_a_status(tmp_path):
 def test_a_group_without_usable_rows(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"instruction": "a"}\n{"output": "b"}\n')
-    directory = run(config(tmp_path / "run", data=(str(path),)))
-    assert "–" in format_table(group_means(directory))
-    assert set(tables(directory)["examples"].status) == {"invalid_row"}
+    with pytest.raises(GradjaxError, match=r"none of the 2 rows of group 'bad'.*2 invalid_row"):
+        run(config(tmp_path / "run", data=(str(path),)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_numbers_that_overflow_are_not_finite(tmp_path, monkeypatch):
@@ -443,6 +444,34 @@ def test_ten_lines_of_python():
     results = names["results"]
     assert sorted(r.tokenized.example.example_id for r in results) == list(range(len(results)))
     assert all(r.status == "ok" and r.spectra for r in results)
+
+
+ROWS = [
+    {"prompt": "How many are 2 + 3?", "completion": "2 + 3 = 5. The answer is 5."},
+    {"prompt": "?", "completion": ""},
+    {"prompt": "How many are 2 + 3?" * 3, "completion": "2 + 3 = 5."},
+    {"prompt": "How many?", "completion": "5", 7: "odd", ("x",): None, None: {}},
+]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_results_come_in_order_unless_asked_otherwise(ordered):
+    model = gradjax.load_model("demo")
+    results = list(
+        gradjax.gradient_spectra(model, ROWS, layers="0", batch_tokens=32, ordered=ordered)
+    )
+    numbers = [result.tokenized.example.example_id for result in results]
+    assert numbers == ([0, 1, 2, 3] if ordered else [1, 2, 0, 3])
+    assert [result.status for result in results if result.status != "ok"] == ["empty_response"]
+
+
+def test_the_callers_threads_are_left_alone_between_results():
+    model = gradjax.load_model("demo")
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        before = threadpoolctl.threadpool_info()
+        for _ in gradjax.gradient_spectra(model, ROWS, batch_tokens=32, ordered=False):
+            assert threadpoolctl.threadpool_info() == before
+        assert threadpoolctl.threadpool_info() == before
 
 
 def test_unknown_setting_of_the_api():

@@ -1,13 +1,26 @@
 """Reading rows: every format, and what is said about sources that cannot be read."""
 
+import gzip
 import json
 
 import datasets
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradjax.data.sources import Source, data_hash, parse_data_flags, read_rows, row_hash
+from gradjax.config import Reading
+from gradjax.data import readers
+from gradjax.data.examples import to_example
+from gradjax.data.readers import BadRow
+from gradjax.data.sources import (
+    Source,
+    data_hash,
+    describe_rows,
+    parse_data_flags,
+    read_rows,
+    row_hash,
+)
 from gradjax.errors import GradjaxError
 
 pytestmark = pytest.mark.smoke
@@ -55,6 +68,8 @@ def test_every_format_gives_the_same_rows_in_order(stored):
         ("x.v2.parquet", "x.v2", "x.v2.parquet"),
         ("runs/my_set.v1", "my_set.v1", "runs/my_set.v1"),
         ("allenai/tulu-3.1", "tulu-3.1", "allenai/tulu-3.1"),
+        ("openai/gsm8k:main@train", "gsm8k", "openai/gsm8k:main@train"),
+        ("data/x.jsonl.gz", "x", "data/x.jsonl.gz"),
         ("/a/lang=en/part.json", "part", "/a/lang=en/part.json"),
         ("en=/a/lang=en/part.json", "en", "/a/lang=en/part.json"),
     ],
@@ -97,7 +112,7 @@ def test_odd_flags_are_refused(specs, message):
     [
         ("x.json", b"", r"x\.json is not JSON, line 1 column 1"),
         ("x.json", b'[\n {"a": 1},\n {"a" 2}\n]', r"line 3 column 7.*':'"),
-        ("x.json", b'{"a": 1}\n{"a": 2}', r"line 2.*\.jsonl file"),
+        ("x.json", b'{"a": 1}{"a": 2}', r"line 1 column 9: Extra data"),
         ("x.json", b'{"data": [], "version": 1}', r"one dict with the keys \['data', 'version'\]"),
         ("x.json", b'"text"', "one str at its top level: expected a list"),
         ("x.json", b"[]", r"x\.json \(group 'g'\) holds no rows"),
@@ -106,13 +121,23 @@ def test_odd_flags_are_refused(specs, message):
         ("x.json", b"[" * 100_000, r"x\.json cannot be read as JSON"),
         ("x.jsonl", b"", "holds no rows"),
         ("x.jsonl", b"\n  \n", "holds no rows"),
-        ("x.jsonl", b'{"a": 1}\n\n{"a": \n', r"x\.jsonl line 3 is not JSON, column 6"),
-        ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"x\.jsonl line 2 cannot be read"),
-        ("x.jsonl", b'{"a": 1}\n{"a": 1, "a": 2}', r"x\.jsonl line 2.*key 'a' twice"),
-        ("x.jsonl", b'{"a": 1}\n{"a": ' + b"9" * 5000 + b"}", r"x\.jsonl line 2 cannot be read"),
         ("x.parquet", b"", r"x\.parquet cannot be read as Parquet"),
         ("x.parquet", b"PAR1 not really PAR1", r"x\.parquet cannot be read as Parquet"),
-        ("x.csv", b"a,b", r"unknown extension '\.csv': expected a \.json"),
+        ("x.csv", b"", "begins with the names"),
+        ("x.csv", b"a,b", "holds no rows"),
+        ("x.csv", b"a,a\n1,2", "names \\['a', 'a'\\].*each once"),
+        ("x.csv", b'a,b\n1,2\n"x" y,3\n', r"x\.csv cannot be read as CSV, at line 3"),
+        ("x.csv", b'a,b\n1,"2\n', r"x\.csv cannot be read as CSV"),
+        ("x.csv", b"a,b\n1,\xff\n", r"x\.csv cannot be read as CSV.*expected UTF-8"),
+        ("x.tsv", b"a\ta\n", "each once"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b"[]\n" * 999, mtime=0)[:-20],
+            r"x\.jsonl\.gz cannot be read",
+        ),
+        ("x.jsonl.gz", b'{"a": 1}\n', r"x\.jsonl\.gz cannot be read as gz"),
+        ("x.jsonl.zst", b'{"a": 1}\n', r"x\.jsonl\.zst cannot be read as zst"),
+        ("x.txt", b"a,b", r"unknown extension '\.txt': expected files \(\.json"),
     ],
 )
 def test_unreadable_files_are_named_with_the_fault(tmp_path, name, content, message):
@@ -149,12 +174,108 @@ def test_rows_past_the_limit_are_not_read(tmp_path):
     assert read(path, limit=2) == [{"a": 1}, {"a": 2}]
 
 
+BAD_LINES = [
+    (b'{"a": ', "line 2 is not JSON, column 6"),
+    (b'{"a": "\xff"}', "line 2 cannot be read as JSON: 'utf-8' codec"),
+    (b'{"a": 1, "a": 2}', "key 'a' twice"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "line 2 cannot be read"),
+    (b"[" * 100_000, "line 2 cannot be read"),
+    (b"<html>", "line 2 is not JSON, column 1"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.ndjson.gz"])
+def test_a_line_that_cannot_be_read_keeps_its_place(tmp_path, name, line, reason):
+    content = b'{"instruction": "q", "output": "a"}\n' + line + b'\n{"a": 3}\n'
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    rows = read(path)
+    assert [type(row) for row in rows] == [dict, BadRow, dict]
+    example = to_example(rows[1], "g", 1)
+    assert (example.status, example.example_id) == ("invalid_row", 1)
+    assert reason in example.reason
+    assert len({row_hash(row) for row in rows}) == 3
+    with pytest.raises(GradjaxError, match=rf"{path.name} line 2"):
+        read_rows(Source("g", str(path), Reading(strict=True)))
+
+
+def test_csv_rows_are_texts_by_name_and_ragged_ones_keep_their_place(tmp_path):
+    path = tmp_path / "x.csv"
+    long = "x" * 200_000  # more than the csv module takes by itself
+    path.write_text(f'\ufeffPrompt,Completion\n"a, ""b""\nc",1\n\n1,2,3\né,{long}\n', "utf-8")
+    rows = read(path)
+    assert rows[0] == {"Prompt": 'a, "b"\nc', "Completion": "1"}
+    assert rows[1].reason == "line 5 has 3 fields, not 2"
+    assert rows[2] == {"Prompt": "é", "Completion": long}
+    assert to_example(rows[0], "g", 0).instruction == 'a, "b"\nc'
+    assert to_example(rows[1], "g", 1).status == "invalid_row"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+def test_arrays_are_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    path = tmp_path / "x.json"
+    values = [{"a": [1.5, -2e-7, None]}, 123456, "é\n😀\\", [], {}, True, False, None, -1]
+    for text in (json.dumps(values), json.dumps(values, indent=3, ensure_ascii=False)):
+        path.write_text(f" {text}\n ", "utf-8")
+        assert read(path) == values
+    path.write_text('[\n {"a": 1},\n {"a" 2}\n]')
+    with pytest.raises(GradjaxError, match=r"x\.json is not JSON, line 3 column 7"):
+        read(path)
+
+
+def test_files_of_a_group_are_read_one_after_another(tmp_path):
+    (tmp_path / "part-00000.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    (tmp_path / "part-00001.json").write_text('[{"a": 3}]')
+    pq.write_table(pa.Table.from_pylist([{"a": 4}]), tmp_path / "part-00002.parquet")
+    (tmp_path / "part-00003.jsonl.zst").write_bytes(zstd(b'{"a": 5}\n'))
+    (tmp_path / "README.md").write_text("no data")
+    expected = [{"a": i} for i in range(1, 6)]
+    assert read(tmp_path) == expected
+    assert read(tmp_path / "part-*") == expected
+    (source,) = parse_data_flags([f"g={tmp_path}/part-00001.json,{tmp_path}/part-00000.jsonl"])
+    assert read_rows(source) == [{"a": 3}, {"a": 1}, {"a": 2}]
+    assert read_rows(Source("g", source.absolute)) == read_rows(source)
+    assert parse_data_flags([str(tmp_path / "part-00003.jsonl.zst")])[0].group == "part-00003"
+    with pytest.raises(GradjaxError, match=r"gone-\* holds no data files"):
+        read(tmp_path / "gone-*")
+    with pytest.raises(GradjaxError, match=r"no file .*gone\.json"):
+        read_rows(Source("g", f"{tmp_path}/part-00001.json,{tmp_path}/gone.json"))
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def test_rows_of_an_object_store():
+    store = fsspec.filesystem("memory")
+    store.pipe("/bucket/rows/a.jsonl", b'{"a": 1}\n')
+    store.pipe("/bucket/rows/b.jsonl.gz", gzip.compress(b'{"a": 2}\n'))
+    assert read("memory://bucket/rows/a.jsonl") == [{"a": 1}]
+    assert read("memory://bucket/rows/*.gz") == [{"a": 2}]
+    assert read("memory://bucket/rows") == [{"a": 1}, {"a": 2}]
+    with pytest.raises(GradjaxError, match=r"memory://bucket/rows/c\.json"):
+        read("memory://bucket/rows/c.json")
+
+
+def test_what_a_manifest_says_of_a_source_reads_it_again(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
+    source = Source("g", str(tmp_path / "x.jsonl"), Reading(columns=("instruction=a",)))
+    described = json.loads(json.dumps(describe_rows(source, read_rows(source))))
+    assert Source.of_manifest("g", described) == source
+    assert "reading" not in describe_rows(Source("g", "demo"), [])
+
+
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(GradjaxError, match=r"no file .*gone\.json"):
         read(tmp_path / "gone.json")
     with pytest.raises(GradjaxError, match="no data source 'nonsense'"):
         read("nonsense")
-    with pytest.raises(GradjaxError, match=f"directory {tmp_path} holds no data set"):
+    with pytest.raises(GradjaxError, match=f"{tmp_path} holds no data files"):
         read(tmp_path)
 
 
@@ -175,13 +296,17 @@ def test_saved_data_sets_that_cannot_be_used(tmp_path):
 def test_hub_rows_come_from_the_train_split(monkeypatch):
     calls = []
 
-    def load_dataset(name, **options):
-        calls.append((name, options))
+    def load_dataset(name, config, **options):
+        calls.append((name, config, options))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("org/name", limit=2) == ROWS[:2]
-    assert calls == [("org/name", {"split": "train"})]
+    read_rows(Source("g", "org/name:main@test", Reading(data_revision="v1")))
+    assert calls == [
+        ("org/name", None, {"split": "train", "revision": None}),
+        ("org/name", "main", {"split": "test", "revision": "v1"}),
+    ]
 
 
 def test_hub_errors_say_what_to_do():

@@ -3,7 +3,8 @@
 from absl import flags
 
 from gradjax.cli.command import Command, command_line
-from gradjax.config import select
+from gradjax.cli.data import define_data_flags
+from gradjax.config import Reading, select
 from gradjax.errors import GradjaxError
 from gradjax.score.config import ScoreConfig
 from gradjax.structs import PROJECTIONS
@@ -31,8 +32,7 @@ REWARD = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 GROUPS = {
     "What is scored": [
         flags.DEFINE_list("metrics", [], METRICS, FLAGS),
-        flags.DEFINE_multi_string("data", [], DATA, FLAGS),
-        flags.DEFINE_integer("limit", None, LIMIT, flag_values=FLAGS),
+        *define_data_flags(FLAGS, [], DATA, LIMIT),
     ],
     "Gradient statistics of a run": [
         flags.DEFINE_string("run", None, RUN, FLAGS),
@@ -86,7 +86,7 @@ def score_config() -> ScoreConfig:
     values = FLAGS.flag_values_dict()
     if values["judge_prices"]:
         values["judge_prices"] = _prices(values["judge_prices"])
-    return select(ScoreConfig, values)
+    return select(ScoreConfig, values, reading=select(Reading, values))
 
 
 def _prices(texts: list[str]) -> tuple[float, float]:

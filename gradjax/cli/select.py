@@ -3,6 +3,8 @@
 from absl import flags
 
 from gradjax.cli.command import Command
+from gradjax.cli.data import define_data_flags
+from gradjax.config import Reading, select
 from gradjax.select.rule import MATCHING, Rule, parse_amount, parse_range, parse_terms
 from gradjax.structs import PROJECTIONS
 
@@ -28,7 +30,7 @@ OVERWRITE = "replace a selection with other settings"
 GROUPS = {
     "Scores and rows": [
         flags.DEFINE_multi_string("scores", [], SCORES, FLAGS),
-        flags.DEFINE_multi_string("data", [], DATA, FLAGS),
+        *define_data_flags(FLAGS, [], DATA, limit=None),
         flags.DEFINE_string("layers", "all", LAYERS, FLAGS),
         flags.DEFINE_list(
             "projections", list(PROJECTIONS), "the same for projections: some of q,k,v,o", FLAGS
@@ -78,6 +80,7 @@ def main() -> None:
             rule,
             scores=tuple(FLAGS.scores),
             data=tuple(FLAGS.data),
+            reading=select(Reading, FLAGS.flag_values_dict()),
             layers=FLAGS.layers,
             projections=tuple(FLAGS.projections),
             output_dir=FLAGS.output_dir,

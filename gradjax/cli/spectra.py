@@ -7,6 +7,7 @@ from absl import flags
 
 from gradjax import config
 from gradjax.cli.command import Command, command_line
+from gradjax.cli.data import define_data_flags
 from gradjax.errors import GradjaxError, extras
 from gradjax.structs import PROJECTIONS
 
@@ -14,10 +15,6 @@ FLAGS = flags.FlagValues()
 DEMO = "demo"  # the embedded model, and the embedded data
 MODEL = """registered name (gemma2_2b), Hub repo (google/gemma-2-2b) or local directory; must be
 given with --data of your own"""
-DATA = """[GROUP=]SOURCE, repeatable. SOURCE: a .json, .jsonl or .parquet file, a saved datasets
-directory, a Hub data set (ORG/NAME), one of gradjax prepare --list, or demo.
-GROUP: the file's stem if not given"""
-LIMIT = "use the first N rows of each group (default: all)"
 OUTPUT_DIR = """the store's directory; a run that stopped there goes on (default: runs/demo for
 the embedded example, else runs/{model}-{groups})"""
 PROMPT_FORMAT = """plain: instruction, newline, output, as in the paper; chat: the tokenizer's
@@ -56,8 +53,7 @@ GROUPS = {
         flags.DEFINE_integer("seed", 0, SEED, flag_values=FLAGS),
     ],
     "Data": [
-        flags.DEFINE_multi_string("data", [DEMO], DATA, FLAGS),
-        flags.DEFINE_integer("limit", None, LIMIT, flag_values=FLAGS),
+        *define_data_flags(FLAGS, [DEMO]),
         flags.DEFINE_enum("prompt_format", "plain", FORMATS, PROMPT_FORMAT, FLAGS),
         flags.DEFINE_integer("max_length", 4096, "tokens per row", flag_values=FLAGS),
         flags.DEFINE_enum("truncation", "right", TRUNCATIONS, TRUNCATION, FLAGS),
@@ -117,7 +113,8 @@ def run_config() -> config.RunConfig:
         )
     tokens = config.select(config.TokenConfig, values)
     spectra = config.select(config.SpectraConfig, values)
-    return config.select(config.RunConfig, values, tokens=tokens, spectra=spectra)
+    reading = config.select(config.Reading, values)
+    return config.select(config.RunConfig, values, reading=reading, tokens=tokens, spectra=spectra)
 
 
 def main() -> None:

@@ -1,37 +1,104 @@
 """A row, whatever it holds, becomes an `Example`; a bad row gets a status and a reason."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from gradjax.config import Reading
+from gradjax.data.readers import BadRow
 from gradjax.data.sources import row_hash
 from gradjax.structs import Example, Message
 
-# What data sets call the three roles.
+# What data sets call the four roles.
 _ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "ipython": "tool",
+    "function": "tool",
+    "observation": "tool",
 }
+# What they call a question and its answer, beside instruction and output.
+_PAIRS = (
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+)
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_EXPECTED = (
+    "expected instruction and output, another pair of that kind (prompt and completion, question "
+    "and answer), messages or conversations, or what --columns names"
+)
 
 
 class _InvalidRowError(Exception):
     """Carries the reason why a row cannot be used."""
 
 
-def to_example(row: object, group: str, example_id: int) -> Example:
-    """Reads `instruction`/`output` (+ `input`), `messages` or ShareGPT `conversations`.
+class _Fields:
+    """A row's fields by their standard names, whatever their case; notes which are used."""
+
+    def __init__(self, row: Mapping[Any, Any], names: Mapping[str, str]):
+        self.row, self.names = row, names
+        self.keys = {key.lower(): key for key in row if isinstance(key, str)}
+        self.used: set[object] = set()
+
+    def get(self, name: str) -> Any:
+        """A field's value; None where it is absent, null or, as pandas says it, NaN."""
+        key = self.names.get(name, name)
+        if key not in self.row:
+            if name in self.names:
+                raise _InvalidRowError(
+                    f"the field {_quote(key)}, which --columns names, is missing (found "
+                    f"{self.found()})"
+                )
+            key = self.keys.get(name)
+        if key is None or _is_absent(value := self.row[key]):
+            return None
+        self.used.add(key)
+        return value
+
+    def text(self, name: str) -> str | None:
+        """A field that is a string, if it is there."""
+        return None if (value := self.get(name)) is None else _text(value, f"the field '{name}'")
+
+    def found(self) -> str:
+        """The row's keys, for a message."""
+        return ", ".join(_quote(key) for key in list(self.row)[:8]) or "no fields"
+
+
+def to_example(row: object, group: str, example_id: int, reading: Reading | None = None) -> Example:
+    """Reads a question and its answer, a conversation, or what `reading` says.
+
+    These are `instruction` and `output` (with `input` or `context`, `system`, `history`) or the
+    like of other data sets; `messages` or ShareGPT's `conversations`; preference pairs (`chosen`,
+    `rejected`); a `text` whose responses a marker begins. Keys are found in any case.
 
     Never raises: a row that fits none of them has status `invalid_row`, one with a blank
     response `empty_response`, each with a reason. `instruction` and `output` of a
-    conversation are what comes before its last assistant turn, and that turn.
+    conversation are what comes before its last assistant turn, and that turn. Columns that were
+    not read are in `ignored`.
     """
     digest = row_hash(row)
     try:
-        messages = _messages(row)
+        if isinstance(row, BadRow):
+            raise _InvalidRowError(row.reason)
+        if not isinstance(row, Mapping):
+            raise _InvalidRowError(f"the row is a {_kind(row)}, expected an object")
+        reading = reading or Reading()
+        fields = _Fields(row, reading.names)
+        messages = _messages(fields, reading)
     except _InvalidRowError as error:
         return Example(group, example_id, digest, status="invalid_row", reason=str(error))
 
@@ -39,7 +106,7 @@ def to_example(row: object, group: str, example_id: int) -> Example:
     blank = [
         i
         for i, message in enumerate(messages, start=1)
-        if message.role == "assistant" and not message.content.strip()
+        if message.role == "assistant" and not (message.content.strip() or message.tool_calls)
     ]
     return Example(
         group,
@@ -48,6 +115,7 @@ def to_example(row: object, group: str, example_id: int) -> Example:
         instruction=_instruction(messages[:last]),
         output=messages[last].content,
         messages=messages,
+        ignored=_ignored(tuple(map(_name, row)), frozenset(map(_name, fields.used))),
         status="empty_response" if blank else "ok",
         reason=f"the response in turn {blank[0]} is empty or only whitespace" if blank else "",
     )
@@ -59,43 +127,132 @@ def is_single_turn(messages: tuple[Message, ...]) -> bool:
     return roles in (["user", "assistant"], ["system", "user", "assistant"])
 
 
-def _messages(row: object) -> tuple[Message, ...]:
-    if not isinstance(row, Mapping):
-        raise _InvalidRowError(f"the row is a {_kind(row)}, expected an object")
-    # A row may carry several forms, and column stores fill absent ones with null.
-    if row.get("instruction") is not None and row.get("output") is not None:
-        return _pair(row)
-    for field in ("messages", "conversations"):
-        if row.get(field) is not None:
-            return _conversation(row[field], field)
-    return _pair(row)
+def _messages(fields: _Fields, reading: Reading) -> tuple[Message, ...]:
+    """The turns of a row. One may carry several forms: what flags ask for comes first."""
+    if reading.response_marker and (text := fields.text(reading.field or "text")) is not None:
+        return _with_system(fields, _marked(text, reading.response_marker))
+    if reading.field:
+        return _preference(fields, reading.field)
+    named = [name for name in _CONVERSATIONS if name in fields.names]
+    # Column stores fill forms that a row does not have with null.
+    if not named and None not in (fields.get("instruction"), fields.get("output")):
+        return _pair(fields, "instruction", "output")
+    for name in named or _CONVERSATIONS:
+        if (turns := fields.get(name)) is not None:
+            return _with_system(fields, _conversation(turns, name))
+    for names in _PAIRS:
+        if all(fields.get(name) is not None for name in names):
+            return _pair(fields, *names)
+    if fields.get("chosen") is not None:
+        return _preference(fields, "chosen")
+    if fields.get("text") is not None and fields.get("instruction") is None:
+        raise _InvalidRowError(
+            "the row is one 'text': say what its response comes after with --response_marker"
+        )
+    return _pair(fields, "instruction", "output")
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    for field in ("instruction", "output"):
-        if field not in row:
-            keys = ", ".join(_quote(key) for key in list(row)[:8]) or "no fields"
+def _pair(fields: _Fields, question: str, answer: str) -> tuple[Message, ...]:
+    for name in (question, answer):
+        if name not in fields.names and name not in fields.keys:
             raise _InvalidRowError(
-                f"the field '{field}' is missing (found {keys}), expected instruction and "
-                "output, messages, or conversations"
+                f"the field '{name}' is missing (found {fields.found()}), {_EXPECTED}"
             )
-    instruction = _text(row["instruction"], "the field 'instruction'")
-    output = _text(row["output"], "the field 'output'")
-    if row.get("input") is not None and (extra := _text(row["input"], "the field 'input'")):
-        instruction += "\n" + extra
-    return Message("user", instruction), Message("assistant", output)
+    asked, answered = fields.get(question), fields.get(answer)
+    if question == "prompt" and isinstance(asked, list | tuple):  # as TRL has them
+        asked = _turns(asked, question)
+        if isinstance(answered, list | tuple):
+            return _checked((*asked, *_turns(answered, answer)), answer)
+        return _checked((*asked, Message("assistant", _field(answered, answer))), answer)
+    text = _field(asked, question)
+    if question == "instruction":
+        extra = fields.text("input") or fields.text("context")
+        text += "\n" + extra if extra else ""
+    turns = (Message("user", text), Message("assistant", _field(answered, answer)))
+    return _with_system(fields, (*_history(fields.get("history")), *turns))
 
 
-def _conversation(turns: object, field: str) -> tuple[Message, ...]:
-    if not isinstance(turns, (list, tuple)):
-        raise _InvalidRowError(f"the field '{field}' is a {_kind(turns)}, expected a list")
-    messages = tuple(_turn(turn, f"turn {i} of '{field}'") for i, turn in enumerate(turns, 1))
+def _field(value: object, name: str) -> str:
+    return _text(value, f"the field '{name}'")
+
+
+def _history(turns: object) -> tuple[Message, ...]:
+    """Alpaca's earlier turns: a list of [question, answer]."""
+    if turns is None:
+        return ()
+    if not isinstance(turns, list | tuple) or not all(
+        isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns
+    ):
+        raise _InvalidRowError("the field 'history' is no list of [question, answer]")
+    return tuple(
+        Message(role, _text(text, f"the {role}'s text in 'history'"))
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    )
+
+
+def _with_system(fields: _Fields, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns, after the system message that a column of its own holds."""
+    if messages[0].role == "system":
+        return messages
+    system = fields.text("system") or fields.text("system_prompt") or ""
+    return (Message("system", system), *messages) if system.strip() else messages
+
+
+def _preference(fields: _Fields, name: str) -> tuple[Message, ...]:
+    """`chosen` or `rejected`: an answer to the prompt, or the conversation that ends in it."""
+    answer, prompt = fields.get(name), fields.get("prompt")
+    if prompt is None:
+        prompt = fields.get("instruction") or fields.get("question")
+    if isinstance(answer, list | tuple):
+        turns = _turns(answer, name)
+        if turns and turns[0].role != "assistant":
+            return _with_system(fields, _checked(turns, name))
+        return _with_system(fields, _checked((*_asked(prompt), *turns), name))
+    if answer is not None and prompt is None:
+        raise _InvalidRowError(
+            f"'{name}' is a text, and the row has no prompt: say what its response comes after "
+            "with --response_marker"
+        )
+    turns = (*_asked(prompt), Message("assistant", _field(answer, name)))
+    return _with_system(fields, _checked(turns, name))
+
+
+def _asked(prompt: object) -> tuple[Message, ...]:
+    if isinstance(prompt, list | tuple):
+        return _turns(prompt, "prompt")
+    return (Message("user", _field(prompt, "prompt")),)
+
+
+def _marked(text: str, marker: str) -> tuple[Message, ...]:
+    """A text whose response comes after the last marker, as TRL takes it."""
+    before, found, response = text.rpartition(marker)
+    if not found:
+        raise _InvalidRowError(f"the text does not hold --response_marker={_quote(marker)}")
+    # What stands between the two under --prompt_format=plain is a newline.
+    return Message("user", before + marker.rstrip("\n")), Message(
+        "assistant", response.removeprefix("\n")
+    )
+
+
+def _conversation(turns: object, name: str) -> tuple[Message, ...]:
+    if not isinstance(turns, list | tuple):
+        raise _InvalidRowError(f"the field '{name}' is a {_kind(turns)}, expected a list")
+    return _checked(_turns(turns, name), name)
+
+
+def _checked(messages: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    """The same turns, if an answer and a question before it are among them."""
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise _InvalidRowError(f"'{field}' has no assistant turn among its {len(turns)} turns")
+        raise _InvalidRowError(f"'{name}' has no assistant turn among its {len(roles)} turns")
     if "user" not in roles[: roles.index("assistant")]:
-        raise _InvalidRowError(f"'{field}' has no user turn before its first assistant turn")
+        raise _InvalidRowError(f"'{name}' has no user turn before its first assistant turn")
     return messages
+
+
+def _turns(turns: Sequence[object], name: str) -> tuple[Message, ...]:
+    return tuple(_turn(turn, f"turn {i} of '{name}'") for i, turn in enumerate(turns, 1))
 
 
 def _turn(turn: object, where: str) -> Message:
@@ -108,7 +265,21 @@ def _turn(turn: object, where: str) -> Message:
     role = turn[role_field]
     if not isinstance(role, str) or role not in _ROLES:
         raise _InvalidRowError(f"{where} has the unknown role {_quote(role)}")
-    return Message(_ROLES[role], _text(turn[text_field], f"the field '{text_field}' of {where}"))
+    content, calls = turn[text_field], turn.get("tool_calls")
+    if calls and content is None:
+        content = ""
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part, where) for part in content)
+    text = _text(content, f"the field '{text_field}' of {where}")
+    return Message(_ROLES[role], text, json.dumps(calls, default=str) if calls else "")
+
+
+def _part(part: object, where: str) -> str:
+    """A text part of a message, as multimodal chat formats write it."""
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise _InvalidRowError(f"{where} holds a part that is no text ({_quote(kind)})")
+    return _text(part.get("text"), f"a part of {where}")
 
 
 def _text(value: object, where: str) -> str:
@@ -128,6 +299,22 @@ def _instruction(messages: tuple[Message, ...]) -> str:
     if [message.role for message in messages] in (["user"], ["system", "user"]):
         return "\n".join(message.content for message in messages)
     return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
+
+
+@lru_cache(maxsize=64)
+def _ignored(keys: tuple[str, ...], used: frozenset[str]) -> tuple[str, ...]:
+    """Columns that were not read; rows of one form share one tuple."""
+    return tuple(key for key in keys if key not in used)
+
+
+def _name(key: object) -> str:
+    return key if isinstance(key, str) else _quote(key)
+
+
+def _is_absent(value: object) -> bool:
+    """None, and what pandas fills holes with: NaN and NA."""
+    is_nan = isinstance(value, float) and value != value
+    return value is None or is_nan or type(value).__name__ == "NAType"
 
 
 def _kind(value: object) -> str:

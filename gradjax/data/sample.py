@@ -44,7 +44,7 @@ class Sample:
 def _row(example: Example) -> dict[str, Any]:
     if len(example.messages) == 2:  # a question and its answer
         return {"instruction": example.instruction, "output": example.output}
-    return {"messages": [{"role": m.role, "content": m.content} for m in example.messages]}
+    return {"messages": [message.to_dict() for message in example.messages]}
 
 
 def write_sample(

@@ -5,30 +5,35 @@ one. What is raised here are faults of a whole source: it is missing, empty or u
 """
 
 import dataclasses
+import glob
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import pyarrow.parquet
-
+from gradjax.config import Reading
 from gradjax.data.catalog import DATASETS, RegisteredDataset, fetch
+from gradjax.data.readers import FORMATS, BadRow, is_data_file, read_file, stem
 from gradjax.data.word_problems import DEMO_GROUPS, demo_rows
 from gradjax.errors import GradjaxError, extras, first_line
+from gradjax.storage.filesystem import url_to_fs
 
 DEMO = "demo"
 
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # As `datasets` names the files of a split: train-00001-of-00003.parquet.
 _SHARD = re.compile(r"(.*-)\d{5}-of-(\d{5})(\..*)")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# ORG/NAME[:CONFIG][@SPLIT]
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.+-]+))?(?:@([\w.-]+))?", re.ASCII)
 _FORMATS = (
-    "a .json, .jsonl or .parquet file, a directory written by datasets.save_to_disk, "
-    f"a registered data set ({', '.join(DATASETS)}), a Hub data set (ORG/NAME) or demo"
+    f"files ({FORMATS}, also .gz or .zst) by path, URL, glob or folder, a directory written by "
+    f"datasets.save_to_disk, a registered data set ({', '.join(DATASETS)}), a Hub data set "
+    "(ORG/NAME[:CONFIG][@SPLIT]) or demo"
 )
 
 
@@ -37,23 +42,44 @@ class Source:
     """Rows under one group name."""
 
     group: str
-    location: str  # path, registered name, Hub id, or "demo"
+    location: str  # paths or URLs with commas between, registered name, Hub id, or "demo"
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     @property
     def absolute(self) -> str:
         """The location as it can be read from any folder."""
-        path = os.path.expanduser(self.location)
-        named = self.location == DEMO or self.location in DATASETS
-        return os.path.abspath(path) if not named and os.path.exists(path) else self.location
+        if self.location == DEMO or self.location in DATASETS:
+            return self.location
+        return ",".join(map(_absolute, _parts(self.location)))
+
+    @classmethod
+    def of_manifest(cls, group: str, of: Mapping[str, Any]) -> "Source":
+        """The source that `describe_rows` described."""
+        return cls(group, str(of["source"]), Reading(**of.get("reading", {})))
 
 
-def parse_data_flags(specs: Sequence[str]) -> tuple[Source, ...]:
+def _absolute(part: str) -> str:
+    path = os.path.expanduser(part)
+    here = os.path.exists(path) or _is_glob(path)
+    return os.path.abspath(path) if here and "://" not in part else part
+
+
+def _parts(location: str) -> list[str]:
+    """Several files of one group have commas between."""
+    return [location] if os.path.exists(os.path.expanduser(location)) else location.split(",")
+
+
+def _is_glob(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def parse_data_flags(specs: Sequence[str], reading: Reading | None = None) -> tuple[Source, ...]:
     """The sources named by the values of `--data`, each `[GROUP=]SOURCE`.
 
     GROUP defaults to the file's stem or the Hub id's name. `demo` stands for its three
     groups. Raises GradjaxError for a group name that is odd or used twice.
     """
-    sources = [source for spec in specs for source in _parse(spec)]
+    sources = [source for spec in specs for source in _parse(spec, reading or Reading())]
     by_group: dict[str, Source] = {}
     for source in sources:
         first = by_group.setdefault(source.group, source)
@@ -65,14 +91,12 @@ def parse_data_flags(specs: Sequence[str]) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def _parse(spec: str) -> list[Source]:
+def _parse(spec: str, reading: Reading) -> list[Source]:
     if spec == DEMO:
         return [Source(group, DEMO) for group in DEMO_GROUPS]
     group, equals, location = spec.partition("=")
     if not equals or "/" in group:  # A path may hold "=" itself: DIR/x=1/rows.json.
-        path = pathlib.PurePath(spec)
-        is_file = path.suffix in _READERS
-        group, location = path.stem if is_file else path.name, spec
+        group, location = _default_group(spec), spec
     if not location:
         raise GradjaxError(f"--data={spec!r} names no source: expected [GROUP=]SOURCE, {_FORMATS}.")
     if not _GROUP.fullmatch(group):
@@ -85,7 +109,15 @@ def _parse(spec: str) -> list[Source]:
             f"--data={spec!r} names the embedded data, which bring their own groups "
             f"({', '.join(DEMO_GROUPS)}): use --data=demo."
         )
-    return [Source(group, location)]
+    return [Source(group, location, reading)]
+
+
+def _default_group(location: str) -> str:
+    if is_data_file(location):
+        return stem(location)
+    if hub := _HUB_ID.fullmatch(location):
+        location = hub[1]
+    return pathlib.PurePath(location).name
 
 
 def read_rows(source: Source, limit: int | None = None) -> list[object]:
@@ -111,20 +143,25 @@ def registered_rows(dataset: RegisteredDataset, place: pathlib.Path) -> Iterator
     """
     if os.path.isdir(place) and (files := sorted(place.glob(dataset.files))):
         _require_every_shard(files)
-        rows = itertools.chain.from_iterable(_READERS[file.suffix](file) for file in files)
+        rows = itertools.chain.from_iterable(read_file(str(file)) for file in files)
     elif os.path.isfile(place) or _is_saved(place):
         rows = _rows(Source(dataset.name, str(place.absolute())), None)
     else:
         raise GradjaxError(
             f"{place} is no copy of {dataset.name}: expected a directory with {dataset.files}, one "
-            "written by datasets.save_to_disk, or a .json, .jsonl or .parquet file."
+            f"written by datasets.save_to_disk, or a file ({FORMATS})."
         )
     return map(dataset.to_row, rows)
 
 
 def row_hash(row: object) -> str:
     """Hex digest of a row: equal for equal JSON, whatever the order of the keys."""
-    text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=repr)
+    if isinstance(row, BadRow):
+        row = row.text
+    try:
+        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=repr)
+    except (TypeError, ValueError, RecursionError):  # keys that JSON has not; rows in themselves
+        text = ascii(row)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
@@ -137,8 +174,10 @@ def data_hash(rows: Iterable[object]) -> str:
 
 
 def describe_rows(source: Source, rows: Sequence[object]) -> dict[str, Any]:
-    """What a manifest says of a group: source, number of rows and hash."""
-    return {"source": source.absolute, "rows": len(rows), "hash": data_hash(rows)}
+    """What a manifest says of a group: source, how it is read, number of rows and hash."""
+    said = {"source": source.absolute, "rows": len(rows), "hash": data_hash(rows)}
+    reading = source.reading.settings()
+    return said | {"reading": reading} if reading else said
 
 
 def _rows(source: Source, limit: int | None) -> Iterable[object]:
@@ -146,21 +185,49 @@ def _rows(source: Source, limit: int | None) -> Iterable[object]:
         return demo_rows(source.group)
     if dataset := DATASETS.get(source.location):
         return registered_rows(dataset, _fetch(dataset))
-    # os.path answers False where pathlib raises: names too long, folders that may not be read.
+    parts = _parts(source.location)
+    files = [file for part in parts for file in _files(part)]
+    if files:
+        read = partial(read_file, strict=source.reading.strict)
+        return itertools.chain.from_iterable(map(read, files))
     path = pathlib.Path(os.path.expanduser(source.location))
     if os.path.isdir(path):
         return _read_saved(path, limit)
-    if reader := _READERS.get(path.suffix):
+    if hub := _HUB_ID.fullmatch(source.location):
+        return _read_hub(source, hub, limit)
+    raise GradjaxError(f"There is no data source {source.location!r}: expected {_FORMATS}.")
+
+
+def _files(part: str) -> list[str]:
+    """The data files of a path, URL, glob or folder; none where it is something else."""
+    path = part if "://" in part else os.path.expanduser(part)
+    # os.path answers False where pathlib raises: names too long, folders that may not be read.
+    if "://" in path:
+        filesystem, inner = url_to_fs(path)
+        pattern = inner if _is_glob(inner) else f"{inner.rstrip('/')}/*"
+        if is_data_file(path) and not _is_glob(inner):
+            return [path]
+        found = [filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
+    elif os.path.isdir(path):
+        if _is_saved(pathlib.Path(path)):
+            return []
+        found = glob.glob(os.path.join(glob.escape(path), "*"))
+    elif os.path.exists(path) or (is_data_file(path) and not _is_glob(path)):
+        if not is_data_file(path):
+            raise GradjaxError(
+                f"{path} has the unknown extension {os.path.splitext(path)[1]!r}: expected "
+                f"{_FORMATS}."
+            )
         if not os.path.isfile(path):
             raise GradjaxError(f"There is no file {path}: expected {_FORMATS}.")
-        return reader(path)
-    if os.path.exists(path):
-        raise GradjaxError(
-            f"{path} has the unknown extension {path.suffix!r}: expected {_FORMATS}."
-        )
-    if _HUB_ID.fullmatch(source.location):
-        return _read_hub(source.location, limit)
-    raise GradjaxError(f"There is no data source {source.location!r}: expected {_FORMATS}.")
+        return [path]
+    else:
+        found = glob.glob(path, recursive=True) if _is_glob(path) else []
+    files = sorted(filter(is_data_file, found))
+    if not files and (_is_glob(path) or "://" in path or os.path.isdir(path)):
+        raise GradjaxError(f"{path} holds no data files: expected {_FORMATS}.")
+    _require_every_shard([pathlib.PurePosixPath(file) for file in files])
+    return files
 
 
 def _fetch(dataset: RegisteredDataset) -> pathlib.Path:
@@ -174,7 +241,7 @@ def _fetch(dataset: RegisteredDataset) -> pathlib.Path:
         ) from error
 
 
-def _require_every_shard(files: Sequence[pathlib.Path]) -> None:
+def _require_every_shard(files: Sequence[pathlib.PurePath]) -> None:
     there = {file.name for file in files}
     for start, count, end in {shard.groups() for shard in map(_SHARD.fullmatch, there) if shard}:
         names = [f"{start}{i:05d}-of-{count}{end}" for i in range(int(count))]
@@ -185,56 +252,7 @@ def _require_every_shard(files: Sequence[pathlib.Path]) -> None:
             )
 
 
-def _read_json(path: pathlib.Path) -> Iterator[object]:
-    try:
-        data = _parse_json(_read_bytes(path))
-    except json.JSONDecodeError as error:
-        hint = "; one object per line belongs in a .jsonl file" if "Extra" in error.msg else ""
-        raise GradjaxError(
-            f"{path} is not JSON, line {error.lineno} column {error.colno}: {error.msg}{hint}."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise GradjaxError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(data, list):
-        keys = f" with the keys {list(data)[:5]}" if isinstance(data, dict) else ""
-        raise GradjaxError(
-            f"{path} holds one {type(data).__name__}{keys} at its top level: "
-            "expected a list of objects."
-        )
-    yield from data
-
-
-def _read_jsonl(path: pathlib.Path) -> Iterator[object]:
-    # Lines are split as bytes: text may hold other characters that str.splitlines cuts at.
-    for number, line in enumerate(_open_lines(path), start=1):
-        if not line.strip(b" \t\r\n\xef\xbb\xbf"):
-            continue
-        try:
-            yield _parse_json(line.rstrip())
-        except json.JSONDecodeError as error:
-            raise GradjaxError(
-                f"{path} line {number} is not JSON, column {error.colno}: {error.msg}; "
-                "expected one object per line."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise GradjaxError(f"{path} line {number} cannot be read as JSON: {error}.") from error
-
-
-def _read_parquet(path: pathlib.Path) -> Iterator[object]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise GradjaxError(f"{path} cannot be read as Parquet: {first_line(error)}.") from error
-
-
 def _read_saved(path: pathlib.Path, limit: int | None) -> Iterable[object]:
-    if not _is_saved(path):
-        raise GradjaxError(
-            f"The directory {path} holds no data set: expected one written by "
-            "datasets.save_to_disk, or the path of a .json, .jsonl or .parquet file."
-        )
     with extras():
         import datasets
 
@@ -258,18 +276,22 @@ def _is_saved(path: pathlib.Path) -> bool:
     return any(os.path.isfile(path / name) for name in ("state.json", "dataset_dict.json"))
 
 
-def _read_hub(name: str, limit: int | None) -> Iterable[object]:
+def _read_hub(source: Source, hub: re.Match[str], limit: int | None) -> Iterable[object]:
     with extras():
         import datasets
 
+    name, config, split = hub[1], hub[2], hub[3] or "train"
     try:
-        data = datasets.load_dataset(name, split="train")
+        data = datasets.load_dataset(
+            name, config, split=split, revision=source.reading.data_revision
+        )
     except Exception as error:  # Network, access, layout: the library raises many kinds.
         raise GradjaxError(
-            f"--data={name} is no local path, and its split 'train' cannot be loaded from the "
-            f"Hub ({type(error).__name__}: {first_line(error)}): check "
-            f"https://huggingface.co/datasets/{name}, accept its terms and set HF_TOKEN if it is "
-            "gated, or download it and give the path of a local file."
+            f"--data={source.location} is no local path, and its split {split!r} cannot be loaded "
+            f"from the Hub ({type(error).__name__}: {first_line(error)}): check "
+            f"https://huggingface.co/datasets/{name}, name another split or configuration as in "
+            f"{name}:CONFIG@SPLIT, accept its terms and set HF_TOKEN if it is gated, or download "
+            "it and give the path of a local file."
         ) from error
     return _plain_rows(data, limit)
 
@@ -277,39 +299,3 @@ def _read_hub(name: str, limit: int | None) -> Iterable[object]:
 def _plain_rows(data, limit: int | None) -> list[object]:
     """Rows of a `datasets.Dataset` as plain values; columns of media stay undecoded."""
     return data.with_format("arrow")[:limit].to_pylist()
-
-
-def _read_bytes(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise GradjaxError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _open_lines(path: pathlib.Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            yield from file
-    except OSError as error:
-        raise GradjaxError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _parse_json(data: bytes) -> object:
-    """JSON as Python writes it (NaN is accepted), without repeated keys."""
-    return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        names = [key for key, _ in pairs]
-        repeated = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"an object has the key {repeated!r} twice")
-    return keys
-
-
-_READERS: dict[str, Callable[[pathlib.Path], Iterator[object]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}

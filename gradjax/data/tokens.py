@@ -8,7 +8,6 @@ the paper's code and in usual training code. It cannot move the loss: where a tu
 ends is known from the rendering, not searched for in the text.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,7 +195,8 @@ def _shared_length(one: str, other: str) -> int:
 def _require_contents(messages: tuple[Message, ...], first: int, rendered: str) -> None:
     """A template that leaves out part of a turn would have the rest measured in its place."""
     for number, message in enumerate(messages, start=first + 1):
-        if message.content.strip() not in rendered:
+        # What a tool says, some templates quote.
+        if message.role != "tool" and message.content.strip() not in rendered:
             raise _UnusableError(
                 f"the chat template drops or changes some of the {message.role}'s text in turn "
                 f"{number}"
@@ -210,7 +210,7 @@ def _render(
 ) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            [dataclasses.asdict(message) for message in messages],
+            [message.to_dict() for message in messages],
             chat_template=_PINNED_DAY + tokenizer.get_chat_template(),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,

@@ -23,8 +23,8 @@ from gradjax.model.layers import HIDDEN, einsum, rotate, soft_cap_slope
 from gradjax.sharding import platform
 
 # Most tokens whose scores exist at a time, as queries and as keys. On a CPU the fastest of 128 to
-# 1,024 (scores stay in the cache); on a TPU by the compiler's cycles (benchmarks/RESULTS.md); on a
-# GPU not measured, large enough to fill it.
+# 1,024 (scores stay in the cache); on a TPU by the compiler's cycles, of v5e, v5p and v6e alike
+# (benchmarks/RESULTS.md); on a GPU not measured, large enough to fill it.
 CHUNKS = {"cpu": 256, "gpu": 1024, "tpu": 512}
 Index = Array | int  # of a chunk; an int where there is only one
 _einsum = partial(einsum, preferred_element_type=jnp.float32)

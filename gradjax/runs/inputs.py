@@ -18,6 +18,7 @@ from gradjax.config import RunConfig
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, describe_rows, parse_data_flags, read_rows
 from gradjax.data.tokens import check_tokenizer, check_vocabulary, describe, tokenize
+from gradjax.data.usable import report_ignored, report_usable
 from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
 from gradjax.model.config import DecoderConfig
@@ -53,7 +54,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     config.spectra.layer_numbers(model.num_layers)  # refused before anything is read
     tokenizer = load_tokenizer(checkpoint.directory)
     check_tokenizer(tokenizer, config.tokens)
-    sources = parse_data_flags(config.data)
+    sources = parse_data_flags(config.data, config.reading)
     directory = config.output_dir or default_directory(checkpoint.name, sources)
     found = NOTHING if config.overwrite else find_run(directory)
     data: dict[str, dict[str, Any]] = {}
@@ -62,15 +63,40 @@ def read_inputs(config: RunConfig) -> Inputs:
         source_rows = read_rows(source, config.limit)
         data[source.group] = describe_rows(source, source_rows)
         for number, row in enumerate(source_rows):
-            example = to_example(row, source.group, number)
+            example = to_example(row, source.group, number, source.reading)
             before = found.finished.get((source.group, number))
             if before and before.row_hash == example.row_hash:
                 tokenized.append(_finished_before(example, before))
             else:
                 tokenized.append(tokenize(example, tokenizer, config.tokens))
+        own = tokenized[len(tokenized) - len(source_rows) :]
+        data[source.group] |= _report_rows(source.group, own, model.max_positions)
     check_vocabulary(tokenized, model.vocab_size)
     finished = _finished_positions(directory, found, tokenized)
     return Inputs(checkpoint, model, tokenizer, data, tokenized, directory, found, finished)
+
+
+def _report_rows(
+    group: str, rows: Sequence[TokenizedExample], max_positions: int
+) -> dict[str, Any]:
+    """Says what is not as it should be with a group's rows; returns what a manifest keeps of it."""
+    report_usable(group, [(row.example, row.status, row.reason) for row in rows])
+    said: dict[str, Any] = {}
+    if ignored := report_ignored(group, (row.example for row in rows)):
+        said["ignored_columns"] = ignored
+    beyond = sum(row.status == "ok" and row.num_tokens > max_positions for row in rows)
+    if beyond:
+        said["rows_beyond_positions"] = beyond
+        logging.warning(
+            "%s: %s rows have more tokens than the %s positions that the model was made for "
+            "(max_position_embeddings); their numbers are of text that it cannot read well; "
+            "--max_length=%d cuts them",
+            group,
+            f"{beyond:,}",
+            f"{max_positions:,}",
+            max_positions,
+        )
+    return said
 
 
 def default_directory(model: str, sources: Sequence[Source]) -> Path:
@@ -117,8 +143,6 @@ def log_first_example(
     tokenized: Sequence[TokenizedExample], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Shows one usable example as the model sees it, its target tokens marked."""
-    if not any(t.status == "ok" for t in tokenized):
-        logging.warning("No row is usable; see the statuses in examples/")
     first = next((t for t in tokenized if t.status == "ok" and t.num_target_tokens), None)
     if first:
         logging.info("First usable example:\n%s", describe(first, tokenizer))

@@ -29,6 +29,7 @@ def number_settings(config: RunConfig, inputs: Inputs, platform: str) -> dict[st
     spectra = config.spectra
     tokenizer, num_layers = inputs.tokenizer, inputs.model.num_layers
     template = str(tokenizer.chat_template or "")
+    reading = config.reading.settings()
     return {
         "model": (
             f"random weights, seed {config.seed}: {sha256(repr(inputs.model))}"
@@ -45,6 +46,7 @@ def number_settings(config: RunConfig, inputs: Inputs, platform: str) -> dict[st
         "projections": list(spectra.projections),
         "similarity": spectra.similarity,
         "store_singular_values": config.store_singular_values,
+        **({"reading": reading} if reading else {}),
     }
 
 
@@ -92,10 +94,11 @@ def describe_invocation(
     flags = {
         **dataclasses.asdict(config.tokens),
         **dataclasses.asdict(config.spectra),
+        **dataclasses.asdict(config.reading),
         **{
             field.name: getattr(config, field.name)
             for field in dataclasses.fields(config)
-            if field.name not in ("tokens", "spectra")
+            if field.name not in ("tokens", "spectra", "reading")
         },
         "output_dir": str(inputs.directory),
     }

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-from gradjax.config import SpectraConfig, as_directory
+from gradjax.config import Reading, SpectraConfig, as_directory
 from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.structs import PROJECTIONS, Projection, Status
 
@@ -59,6 +59,7 @@ class ScoreConfig:
     judge_batch: str | None = None
     judge_batch_results: str | None = None
     overwrite: bool = False
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         for name in ("metrics", "data", "projections"):

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, describe_rows, parse_data_flags, read_rows
+from gradjax.data.usable import report_ignored, report_usable
 from gradjax.device import keep_compiled_programs
 from gradjax.errors import GradjaxError
 from gradjax.score.batch_api import batch_lines, read_batch_results, write_batch
@@ -134,7 +135,13 @@ def read_examples(config: ScoreConfig) -> tuple[list[Example], dict[str, dict[st
     for source, limit in _sources(config):
         rows = read_rows(source, limit)
         data[source.group] = describe_rows(source, rows)
-        examples += [to_example(row, source.group, number) for number, row in enumerate(rows)]
+        examples += [
+            to_example(row, source.group, number, source.reading) for number, row in enumerate(rows)
+        ]
+        own = examples[len(examples) - len(rows) :]
+        report_usable(source.group, [(e, e.status, e.reason) for e in own])
+        if ignored := report_ignored(source.group, own):
+            data[source.group]["ignored_columns"] = ignored
     return examples, data
 
 
@@ -170,9 +177,11 @@ def read_tags(directory: str | Path) -> dict[str, int]:
 def _sources(config: ScoreConfig) -> list[tuple[Source, int | None]]:
     """Sources and how many rows of them; the run's own if none are given."""
     if config.data:
-        return [(source, config.limit) for source in parse_data_flags(config.data)]
+        return [(s, config.limit) for s in parse_data_flags(config.data, config.reading)]
     data = read_manifest(config.run or "")["data"]
-    return [(Source(group, of["source"]), config.limit or of["rows"]) for group, of in data.items()]
+    return [
+        (Source.of_manifest(group, of), config.limit or of["rows"]) for group, of in data.items()
+    ]
 
 
 def _manifest(directory: Directory) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ import pandas as pd
 import pyarrow.dataset as ds
 from absl import logging
 
+from gradjax.config import Reading
 from gradjax.data.examples import to_example
-from gradjax.data.sources import Source, parse_data_flags, read_rows
+from gradjax.data.sources import Source, read_rows
 from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.score.gradients import run_scores
 from gradjax.storage.directory import RUN, SCORES, Directory
@@ -42,7 +43,7 @@ class Scored:
 
 def read_scored(
     scores: Sequence[str],
-    data: Sequence[str],
+    data: Sequence[Source],
     by: Sequence[str],
     layers: str = "all",
     projections: Sequence[str] = PROJECTIONS,
@@ -60,7 +61,7 @@ def read_scored(
       GradjaxError: if directories do not hold the same rows, rows are not those that were scored,
         there is no metric of a name, or no run to average over some layers or projections.
     """
-    given = {source.group: source for source in parse_data_flags(data)}
+    given = {source.group: source for source in data}
     _require_run_for(scores, layers, projections)
     if not scores:
         return _read_unscored(given, by)
@@ -71,7 +72,9 @@ def read_scored(
             f"{did_you_mean(unknown[0], sources)}; the scores have {', '.join(sorted(sources))}: "
             "name it with --data=GROUP=SOURCE"
         )
-    sources |= given
+    for group, source in given.items():  # elsewhere, but read as it was when scored
+        untold = source.reading == Reading()
+        sources[group] = replace(source, reading=sources[group].reading) if untold else source
     if unlike_by := [name for name in by if name in unlike]:
         raise GradjaxError(
             f"--by={unlike_by[0]}: --scores={unlike[unlike_by[0]]} has other numbers of it than "
@@ -109,7 +112,7 @@ def chosen_rows(scored: Scored, chosen: np.ndarray) -> tuple[dict[int, bytes], d
         for number, row in enumerate(scored.rows.get(str(group)) or _read_rows(source)):
             if number in wanted:
                 position, digest = wanted.pop(number)
-                example = to_example(row, source.group, number)
+                example = to_example(row, source.group, number, source.reading)
                 _require_scored(source, number, example.row_hash, digest)
                 lines[position] = json.dumps(row, default=repr).encode("ascii")
                 characters[position] = _characters(example)
@@ -169,7 +172,7 @@ def _read_scores(
         sources, rows = _read_score_tables(scoring, manifest)
     elif (manifest := run.manifest()) is not None:
         data = manifest["data"]
-        sources = {group: Source(group, of["source"]) for group, of in data.items()}
+        sources = {group: Source.of_manifest(group, of) for group, of in data.items()}
         rows = run_scores(run.path, layers, projections)
     else:
         raise GradjaxError(
@@ -196,7 +199,7 @@ def _read_score_tables(
     try:
         data = manifest["data"]
         expected = {group: int(of["rows"]) for group, of in data.items()}
-        sources = {group: Source(group, str(of["source"])) for group, of in data.items()}
+        sources = {group: Source.of_manifest(group, of) for group, of in data.items()}
         shards = [n for n in place.names("scores") if n.endswith(".parquet")]
         if not shards:
             raise GradjaxError(f"--scores={where} has no scores yet; let gradjax score finish")
@@ -249,7 +252,7 @@ def _read_unscored(given: Mapping[str, Source], by: Sequence[str]) -> Scored:
             "have the numbers as fields"
         )
     rows = {group: _read_rows(given[group]) for group in sorted(given)}
-    parts = [_read_fields(group, rows[group], by, others=True) for group in rows]
+    parts = [_read_fields(given[group], rows[group], by, others=True) for group in rows]
     keys = pd.concat([part for part, _ in parts], ignore_index=True)
     metrics = pd.concat([part for _, part in parts], ignore_index=True)
     _require_found(by, metrics, metrics, "not a number in the rows")
@@ -266,7 +269,7 @@ def _fields_of_scored(
     characters, fields = [], []
     for group, part in keys.groupby("group", sort=True):
         source = sources[str(group)]
-        there, found = _read_fields(str(group), rows[str(group)], names, others=False)
+        there, found = _read_fields(source, rows[str(group)], names, others=False)
         if (last := part["example_id"].max()) >= len(there):
             raise _too_short(source, last)
         numbers = part["example_id"].to_numpy()
@@ -279,7 +282,7 @@ def _fields_of_scored(
 
 
 def _read_fields(
-    group: str, rows: list[object], names: Sequence[str], others: bool
+    source: Source, rows: list[object], names: Sequence[str], others: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All rows of a group: keys as in `Scored`, and numeric fields of these names, or others too
     that many rows have.
@@ -293,14 +296,14 @@ def _read_fields(
     fields = {name: np.full(len(rows), np.nan) for name in names}
     keys = []
     for number, row in enumerate(rows):
-        example = to_example(row, group, number)
+        example = to_example(row, source.group, number, source.reading)
         length = _characters(example)
         keys.append((example.row_hash, example.status, example.reason, length))
         numbers = _numbers(row) if fields else {}
         for name in fields.keys() & numbers.keys():
             fields[name][number] = numbers[name]
     frame = pd.DataFrame(keys, columns=["row_hash", "status", "reason", "length"])
-    frame.insert(0, "group", group)
+    frame.insert(0, "group", source.group)
     frame.insert(1, "example_id", np.arange(len(rows)))
     return frame.astype({"length": float}), pd.DataFrame(fields, index=frame.index)
 

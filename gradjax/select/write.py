@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
+from gradjax.config import Reading
 from gradjax.data.examples import to_example
+from gradjax.data.sources import parse_data_flags
 from gradjax.errors import GradjaxError
 from gradjax.select.choose import HIGH, LOW, RANDOM, RANGE, Choice, choose
 from gradjax.select.rule import Rule
@@ -46,6 +48,7 @@ class SelectConfig:
     projections: tuple[str, ...] = PROJECTIONS
     output_dir: str | None = None
     overwrite: bool = False
+    reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if "://" in (self.output_dir or ""):
@@ -80,6 +83,7 @@ class SelectConfig:
             "layers": self.layers,
             "projections": list(self.projections),
             "seed": self.rule.seed,
+            **self.reading.settings(),
         }
 
 
@@ -104,7 +108,7 @@ def write_selection(config: SelectConfig) -> Written:
     rule = config.rule
     scored = read_scored(
         config.scores,
-        config.data,
+        parse_data_flags(config.data, config.reading),
         [term.metric for term in rule.by],
         config.layers,
         config.projections,
@@ -172,19 +176,24 @@ def _part_tables(
     columns |= {str(name): scored.metrics[name].iloc[rows] for name in scored.metrics}
     numbers = pa.table({name: pa.Array.from_pandas(column) for name, column in columns.items()})
     for at in range(0, len(rows), _CHUNK):
-        texts = [_texts(json.loads(lines[row])) for row in rows[at : at + _CHUNK]]
+        texts = [
+            _texts(json.loads(lines[row]), scored.sources[scored.keys["group"][row]].reading)
+            for row in rows[at : at + _CHUNK]
+        ]
         table = numbers.slice(at, _CHUNK)
         for column, field in zip(zip(*texts, strict=True), _TEXTS, strict=True):
             table = table.append_column(field, pa.array(column, field.type))
         yield table
 
 
-def _texts(row: object) -> tuple[str | None, str | None, list[dict[str, str]] | None]:
+def _texts(
+    row: object, reading: Reading
+) -> tuple[str | None, str | None, list[dict[str, str]] | None]:
     """Instruction and output of a question and its answer; else the turns."""
-    messages = to_example(row, "", 0).messages
+    messages = to_example(row, "", 0, reading).messages
     if [message.role for message in messages] == ["user", "assistant"]:
         return messages[0].content, messages[1].content, None
-    return None, None, [dataclasses.asdict(message) for message in messages]
+    return None, None, [{"role": m.role, "content": m.content} for m in messages]
 
 
 def _rejected_table(scored: Scored, choice: Choice) -> pa.Table:
