@@ -39,9 +39,7 @@ def main() -> None:
     heads = [f"{size} GB" for size in DEVICES_GB]
     print(f"| model | dtype | weights | one device in all | {' | '.join(heads)} |")
     print(f"|---|---|--:|--:|{'--:|' * len(heads)}")
-    for name in REGISTRY:
-        if name.endswith("_instruct"):
-            continue
+    for name in dict.fromkeys(name.removesuffix("_instruct") for name in REGISTRY):
         model = shape_config(name)
         for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
             memory = needed(model, itemsize, devices=1)

@@ -17,6 +17,11 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 
 
@@ -62,7 +67,7 @@ def _whole_config(name: str) -> DecoderConfig:
         "head_dim": int(row["head_dim"]),
         "vocab_size": int(row["vocab"]),
         "tie_word_embeddings": row["tied"] == "1",
-        "rms_norm_eps": float(row["rms_norm_eps"]),
+        **({} if row["family"] == "olmo" else {"rms_norm_eps": float(row["rms_norm_eps"])}),
         "rope_theta": float(row["rope_theta"]),
     }
     with tempfile.TemporaryDirectory() as directory:

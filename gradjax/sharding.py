@@ -30,6 +30,7 @@ MESH_AXES = {
     "Q": (TENSOR,),
     "C": (TENSOR,),
     "F": (TENSOR,),
+    "H": (),
     "1": (TENSOR,),
 }
 

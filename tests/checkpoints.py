@@ -12,16 +12,26 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-FAMILIES = ("qwen2", "llama", "gemma2")
-GEMMA_WINDOW = 7
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "olmo", "olmo2", "gemma2", "gemma3_text")
+WINDOW = 7
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 101,
@@ -60,10 +70,42 @@ _FAMILY: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             "head_dim": 10,
             "tie_word_embeddings": True,
             "query_pre_attn_scalar": 13,
-            "sliding_window": GEMMA_WINDOW,
+            "sliding_window": WINDOW,
             "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 8.0,
         },
+    ),
+    "gemma3_text": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            "hidden_size": 42,
+            "head_dim": 10,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 13,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+            },
+        },
+    ),
+    "mistral": (
+        MistralForCausalLM,
+        MistralConfig,
+        {"hidden_size": 42, "head_dim": 10, "tie_word_embeddings": False, "sliding_window": WINDOW},
+    ),
+    "olmo": (
+        OlmoForCausalLM,
+        OlmoConfig,
+        {"hidden_size": 36, "tie_word_embeddings": True, "clip_qkv": 1.0},
+    ),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"hidden_size": 36, "tie_word_embeddings": False}),
+    "qwen3": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"hidden_size": 42, "head_dim": 10, "tie_word_embeddings": True},
     ),
 }
 
@@ -101,7 +143,7 @@ def save_checkpoint(
 def _distribution(family: str, name: str, parameter: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation that keep activations and logits at order 1 to 10."""
     if "norm" in name:
-        return (0.0 if family == "gemma2" else 1.0), 0.2
+        return (0.0 if family.startswith("gemma") else 1.0), 0.2
     if name.endswith("bias"):
         return 0.0, 0.3
     if "embed_tokens" in name or "lm_head" in name:

@@ -3,7 +3,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OlmoConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.errors import GradjaxError
@@ -14,6 +23,11 @@ CONFIG_CLASSES = {
     "Qwen2ForCausalLM": Qwen2Config,
     "LlamaForCausalLM": LlamaConfig,
     "Gemma2ForCausalLM": Gemma2Config,
+    "Gemma3ForCausalLM": Gemma3TextConfig,
+    "MistralForCausalLM": MistralConfig,
+    "OlmoForCausalLM": OlmoConfig,
+    "Olmo2ForCausalLM": Olmo2Config,
+    "Qwen3ForCausalLM": Qwen3Config,
 }
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,16 +83,19 @@ def test_what_transformers_writes_is_read(tmp_path, family):
     attention = model.model.layers[0].self_attn
     assert ours.head_dim == attention.head_dim
     assert ours.query_scale == pytest.approx(attention.scaling, rel=1e-15)
-    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.norm_eps == getattr(theirs, "rms_norm_eps", 1e-5)
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.max_positions == theirs.max_position_embeddings
     assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
     assert ours.logits_softcap == getattr(theirs, "final_logit_softcapping", None)
+    everywhere = theirs.sliding_window if family == "mistral" else None
     assert list(ours.windows) == [
-        getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers
+        getattr(layer.self_attn, "sliding_window", everywhere) for layer in model.model.layers
     ]
     assert ours.qkv_bias == (attention.q_proj.bias is not None)
-    assert (ours.rope_scaling is not None) == (family == "llama")
+    assert ours.qkv_clip == getattr(theirs, "clip_qkv", None)
+    assert (ours.qk_norm is not None) == hasattr(attention, "q_norm")
+    assert (ours.rope_scaling is not None) == (family in ("llama", "gemma3_text"))
 
 
 @pytest.mark.parametrize("architecture", CONFIG_CLASSES)
@@ -91,17 +108,21 @@ def test_missing_attributes_have_the_defaults_of_transformers(tmp_path, architec
     assert ours.num_layers == theirs.num_hidden_layers
     assert ours.num_heads == theirs.num_attention_heads
     assert ours.num_kv_heads == theirs.num_key_value_heads
-    head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    head_dim = getattr(theirs, "head_dim", None)
+    head_dim = head_dim or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
-    assert ours.norm_eps == theirs.rms_norm_eps
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.norm_eps == getattr(theirs, "rms_norm_eps", 1e-5)
+    ropes = theirs.rope_parameters
+    assert ours.rope_theta == ropes.get("full_attention", ropes)["rope_theta"]
+    assert ours.window_rope_theta == ropes.get("sliding_attention", {}).get("rope_theta")
     assert ours.rope_scaling is None
     assert ours.max_positions == theirs.max_position_embeddings
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.query_scale == getattr(theirs, "query_pre_attn_scalar", head_dim) ** -0.5
     assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
     assert ours.logits_softcap == getattr(theirs, "final_logit_softcapping", None)
-    kinds = getattr(theirs, "layer_types", ["full_attention"] * theirs.num_hidden_layers)
+    everywhere = "sliding_attention" if architecture.startswith("Mistral") else "full_attention"
+    kinds = getattr(theirs, "layer_types", [everywhere] * theirs.num_hidden_layers)
     assert list(ours.windows) == [
         theirs.sliding_window if kind == "sliding_attention" else None for kind in kinds
     ]
@@ -187,7 +208,7 @@ GEMMA = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2",
         (
             LLAMA,
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            'rope_scaling.type is "yarn" (supported: "default" or "llama3")',
+            'rope_scaling.type is "yarn" (supported: "default", "linear" or "llama3")',
         ),
         (
             LLAMA,
@@ -235,12 +256,12 @@ def test_all_faults_are_named_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     "architectures",
-    [["MistralForCausalLM"], ["LlamaForCausalLM", "Qwen2ForCausalLM"], [], None, "x", [["a"]]],
+    [["MixtralForCausalLM"], ["LlamaForCausalLM", "Qwen2ForCausalLM"], [], None, "x", [["a"]]],
 )
 def test_unsupported_architectures_are_refused(tmp_path, architectures):
     text = message(tmp_path, LLAMA | {"architectures": architectures})
     assert json.dumps(architectures) in text
-    assert "Qwen2ForCausalLM, LlamaForCausalLM, Gemma2ForCausalLM" in text
+    assert all(name in text for name in CONFIG_CLASSES)
 
 
 def test_model_type_must_fit_the_architecture(tmp_path):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.model.decoder import Decoder, logits
-from tests.checkpoints import FAMILIES, GEMMA_WINDOW, make_hf_model, save_checkpoint
+from tests.checkpoints import FAMILIES, WINDOW, make_hf_model, save_checkpoint
 
 LENGTH = 83  # well above every window, and above Llama's original_max_position_embeddings
 # key/value heads of 6, tied embeddings, size of a shard
@@ -89,7 +89,7 @@ def test_logits_of_variants(tmp_path, variant):
 
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3 scaling": ("llama", {"rope_parameters": {"rope_theta": 10000.0}}),
-    "window": ("gemma2", {"sliding_window": GEMMA_WINDOW + 1}),
+    "window": ("gemma2", {"sliding_window": WINDOW + 1}),
     "attention cap": ("gemma2", {"attn_logit_softcapping": None}),
     "logits cap": ("gemma2", {"final_logit_softcapping": None}),
     "query scale": ("gemma2", {"query_pre_attn_scalar": 10}),

@@ -6,27 +6,36 @@ decoder implements. Missing attributes have the defaults of transformers' config
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gradjax.errors import GradjaxError
-from gradjax.model.config import DecoderConfig, RopeScaling, ScoreHead
+from gradjax.model.config import DecoderConfig, LinearScaling, RopeScaling, ScoreHead
 
 # Bookkeeping, training and generation: no effect on the logits of a given weight and text.
+# Names that begin with an underscore or end in _token_id are harmless, too.
 # fmt: off
 HARMLESS = frozenset({
-    "_attn_implementation", "_commit_hash", "_name_or_path", "attention_dropout",
-    "attn_implementation", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-    "do_sample", "dtype", "early_stopping", "eos_token_id", "finetuning_task", "id2label",
-    "initializer_range", "label2id", "length_penalty", "max_length", "max_new_tokens",
-    "min_length", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix",
-    "pretraining_tp", "problem_type", "repetition_penalty", "return_dict",
-    "return_dict_in_generate", "task_specific_params", "temperature", "tokenizer_class",
-    "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed",
+    "attention_dropout", "attn_implementation", "bad_words_ids", "begin_suppress_tokens",
+    "cache_implementation", "chunk_size_feed_forward", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "generation_config", "id2label", "initializer_range", "is_llama_config",
+    "label2id", "length_penalty", "max_length", "max_new_tokens", "max_sequence_length",
+    "min_length", "model_max_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "prefix",
+    "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
     "unsloth_version", "use_bfloat16", "use_cache",
 })
 # fmt: on
+
+
+def _is_harmless(name: str) -> bool:
+    return name in HARMLESS or name.startswith("_") or name.endswith("_token_id")
+
 
 # Attributes that would change the decoder, with the values that it implements.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -52,70 +61,6 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """What an architecture's name implies."""
-
-    name: Literal["qwen2", "llama", "gemma2"]
-    defaults: dict[str, Any]  # of transformers' config class
-    fixed: dict[str, tuple[Any, ...]]
-    ignored: frozenset[str] = frozenset()  # attributes that published configs carry to no effect
-
-
-_FAMILIES = {
-    "Qwen2ForCausalLM": _Family(
-        "qwen2",
-        defaults={
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 22016,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-            "use_sliding_window": False,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
-        fixed={"hidden_act": ("silu",)},
-    ),
-    "LlamaForCausalLM": _Family(
-        "llama",
-        defaults={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": None,
-            "max_position_embeddings": 2048,
-        },
-        fixed={"hidden_act": ("silu",), "sliding_window": (None,)},
-    ),
-    "Gemma2ForCausalLM": _Family(
-        "gemma2",
-        defaults={
-            "vocab_size": 256000,
-            "hidden_size": 2304,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-        },
-        fixed=dict.fromkeys(["hidden_activation", "hidden_act"], ("gelu_pytorch_tanh",)),
-        ignored=frozenset({"sliding_window_size"}),
-    ),
-}
-_REWARD_FAMILIES = {"LlamaForSequenceClassification": _FAMILIES["LlamaForCausalLM"]}
 
 
 class Attributes:
@@ -177,16 +122,170 @@ class Attributes:
     def refuse_unread(self, supported: str) -> None:
         """Note every attribute that nothing above has asked for."""
         for name in sorted(self.values.keys() - self.seen):
-            self.refuse(name, supported)
+            if not _is_harmless(name):
+                self.refuse(name, supported)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """What an architecture's name implies."""
+
+    name: str  # its model_type
+    defaults: dict[str, Any]  # of transformers' config class
+    # Fields of `DecoderConfig` that every model of the family has alike.
+    traits: dict[str, Any] = dataclasses.field(default_factory=dict)
+    windowed: Callable[[Attributes, int], list[bool]] = lambda _, layers: [False] * layers
+    fixed: dict[str, tuple[Any, ...]] = dataclasses.field(
+        default_factory=lambda: {"hidden_act": ("silu",)}
+    )
+    ignored: frozenset[str] = frozenset()  # attributes that published configs carry to no effect
+
+
+def _upper_layers(a: Attributes, layers: int) -> list[bool]:
+    """Qwen's: from max_window_layers on, if windows are used at all."""
+    first = a.get("max_window_layers")
+    if type(first) is not int or first < 0:
+        a.refuse("max_window_layers", "an integer from 0")
+        first = 0
+    used = a.flag("use_sliding_window")
+    return [used and layer >= first for layer in range(layers)]
+
+
+def _all_layers(a: Attributes, layers: int) -> list[bool]:
+    return [True] * layers
+
+
+def _even_layers(a: Attributes, layers: int) -> list[bool]:
+    return [layer % 2 == 0 for layer in range(layers)]
+
+
+def _all_but_every_sixth(a: Attributes, layers: int) -> list[bool]:
+    """Gemma 3's: so many local layers, then a global one."""
+    names = ("_sliding_window_pattern", "sliding_window_pattern")  # of transformers 5 and 4
+    a.seen.update(names)
+    every = a.integer(next((name for name in names if name in a.values), names[1]))
+    return [(layer + 1) % every != 0 for layer in range(layers)]
+
+
+_QWEN: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_OLMO: dict[str, Any] = {
+    "vocab_size": 50304,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "max_position_embeddings": 2048,
+}
+_GEMMA: dict[str, Any] = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA_TRAITS: dict[str, Any] = {
+    "norm": "rms_float32",
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "activation": "gelu_tanh",
+}
+_GELU = dict.fromkeys(["hidden_activation", "hidden_act"], ("gelu_pytorch_tanh",))
+_FAMILIES = {
+    "Qwen2ForCausalLM": _Family("qwen2", _QWEN, {"qkv_bias": True}, _upper_layers),
+    "Qwen3ForCausalLM": _Family(
+        "qwen3", _QWEN | {"head_dim": 128}, {"qk_norm": "head"}, _upper_layers
+    ),
+    "LlamaForCausalLM": _Family(
+        "llama",
+        defaults={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+        },
+        fixed={"hidden_act": ("silu",), "sliding_window": (None,)},
+    ),
+    "MistralForCausalLM": _Family(
+        "mistral",
+        defaults={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        windowed=_all_layers,
+    ),
+    "OlmoForCausalLM": _Family(
+        "olmo", _OLMO | {"clip_qkv": None}, {"norm": "layer", "norm_eps": 1e-5}
+    ),
+    "Olmo2ForCausalLM": _Family(
+        "olmo2",
+        _OLMO | {"rms_norm_eps": 1e-5},
+        {"norm": "rms_float32", "qk_norm": "all", "pre_norms": False, "post_norms": True},
+    ),
+    "Gemma2ForCausalLM": _Family(
+        "gemma2",
+        defaults=_GEMMA
+        | {
+            "vocab_size": 256000,
+            "max_position_embeddings": 8192,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        traits=_GEMMA_TRAITS,
+        windowed=_even_layers,
+        fixed=_GELU,
+        ignored=frozenset({"sliding_window_size"}),
+    ),
+    "Gemma3ForCausalLM": _Family(
+        "gemma3_text",
+        defaults=_GEMMA
+        | {
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window_pattern": 6,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        traits=_GEMMA_TRAITS | {"qk_norm": "head"},
+        windowed=_all_but_every_sixth,
+        fixed=_GELU,
+    ),
+}
+_REWARD_FAMILIES = {"LlamaForSequenceClassification": _FAMILIES["LlamaForCausalLM"]}
 
 
 def read_config(directory: Path, *, reward: bool = False) -> DecoderConfig:
     """The decoder that `directory/config.json` describes: with `reward`, one with a score head.
 
-    Raises GradjaxError where the file is missing or malformed, the architecture is not one
-    of Qwen2ForCausalLM, LlamaForCausalLM and Gemma2ForCausalLM (with `reward`, not
-    LlamaForSequenceClassification), or an attribute is unknown or has a value that this decoder
-    does not implement; all such attributes are named.
+    Raises GradjaxError where the file is missing or malformed, the architecture is none of those
+    listed above (with `reward`, not LlamaForSequenceClassification), or an attribute is unknown or
+    has a value that this decoder does not implement; all such attributes are named.
     """
     path = Path(directory) / "config.json"
     values = read_json_object(path)
@@ -196,7 +295,8 @@ def read_config(directory: Path, *, reward: bool = False) -> DecoderConfig:
     if attributes.problems:
         raise GradjaxError(
             f"{path}: this decoder does not implement what the config asks for: "
-            f"{'; '.join(attributes.problems.values())}: use a checkpoint with supported values."
+            f"{'; '.join(attributes.problems.values())}: use a checkpoint with supported values, "
+            "or remove from config.json what does not change the model's logits."
         )
     return config
 
@@ -242,7 +342,7 @@ def _family(path: Path, values: dict[str, Any], reward: bool) -> _Family:
         case _:
             raise GradjaxError(
                 f"{path}: architectures is {json.dumps(architectures)}, expected one of "
-                f"{', '.join(families)}: use a Qwen2.5, Llama 3 or Gemma 2 checkpoint."
+                f"{', '.join(families)}: use a checkpoint of one of these families."
             )
     if values.get("model_type", family.name) != family.name:
         raise GradjaxError(
@@ -253,37 +353,43 @@ def _family(path: Path, values: dict[str, Any], reward: bool) -> _Family:
 
 
 def _decoder_config(a: Attributes, family: _Family, reward: bool) -> DecoderConfig:
-    a.seen |= HARMLESS | family.ignored | {"architectures", "model_type"}
+    a.seen |= family.ignored | {"architectures", "model_type"}
     for name, allowed in (FIXED | family.fixed).items():
         a.fixed(name, allowed)
+    known = _SHARED_DEFAULTS | family.defaults
     num_layers = a.integer("num_hidden_layers")
     num_heads, num_kv_heads, head_dim = _heads(a)
-    rope_theta, rope_scaling = _rope(a)
-    gemma = family.name == "gemma2"
+    windows = _windows(a, family, num_layers)
+    ropes: dict[str, Any] = {}
+    if "rope_local_base_freq" in known:
+        ropes["window_rope_theta"] = _window_rope(a)
+    ropes["rope_theta"], ropes["rope_scaling"] = _rope(a)
+    own: dict[str, Any] = {"activation": "silu", "qkv_bias": False} | ropes
+    if "norm_eps" not in family.traits:
+        own["norm_eps"] = a.number("rms_norm_eps")
+    if "clip_qkv" in known:
+        own["qkv_clip"] = a.optional_number("clip_qkv")
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    caps |= {name: a.optional_number(name) for name in caps if name in known}
+    hidden_size, scaled = a.integer("hidden_size"), "query_pre_attn_scalar" in known
     config = DecoderConfig(
         family=family.name,
         vocab_size=a.integer("vocab_size"),
-        hidden_size=a.integer("hidden_size"),
+        hidden_size=hidden_size,
         mlp_size=a.integer("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=a.number("rms_norm_eps"),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
         max_positions=a.integer("max_position_embeddings"),
         score_head=_score_head(a) if reward else None,
         tied_embeddings=a.flag("tie_word_embeddings") and not reward,
-        qkv_bias=family.name == "qwen2",
-        norm_offset=1.0 if gemma else 0.0,
-        post_norms=gemma,
-        embedding_scale=a.integer("hidden_size") ** 0.5 if gemma else 1.0,
-        query_scale=(a.number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
-        activation="gelu_tanh" if gemma else "silu",
-        attention_softcap=a.optional_number("attn_logit_softcapping") if gemma else None,
-        logits_softcap=a.optional_number("final_logit_softcapping") if gemma else None,
-        windows=_windows(a, family, num_layers),
+        embedding_scale=hidden_size**0.5 if scaled else 1.0,
+        query_scale=(a.number("query_pre_attn_scalar") if scaled else head_dim) ** -0.5,
+        attention_softcap=caps["attn_logit_softcapping"],
+        logits_softcap=caps["final_logit_softcapping"],
+        windows=windows,
+        **(own | family.traits),
     )
     a.refuse_unread("no such attribute")
     return config
@@ -322,7 +428,25 @@ def _heads(a: Attributes) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, max(head_dim, 1)
 
 
-def _rope(a: Attributes) -> tuple[float, RopeScaling | None]:
+def _window_rope(a: Attributes) -> float:
+    """RoPE's base of the layers with a window; what is left of 5's spelling is as of other models.
+
+    4: `rope_local_base_freq`; 5: by kind of layer, in `rope_parameters`.
+    """
+    by_kind = a.get("rope_parameters")
+    if not isinstance(by_kind, dict) or "sliding_attention" not in by_kind:
+        return a.number("rope_local_base_freq")
+    local = by_kind["sliding_attention"] or {}
+    a.values = a.values | {"rope_parameters": by_kind.get("full_attention")}
+    rope = Attributes(local, {"rope_type": "default"}, prefix="rope_parameters.sliding_attention.")
+    theta = rope.number("rope_theta")
+    rope.fixed("rope_type", ("default",))
+    rope.refuse_unread("no such key")
+    a.problems |= rope.problems
+    return theta
+
+
+def _rope(a: Attributes) -> tuple[float, RopeScaling | LinearScaling | None]:
     """RoPE's base and scaling, in the spelling of transformers 4 or 5.
 
     4: `rope_theta` and `rope_scaling` (null or an object); 5: both in `rope_parameters`.
@@ -346,8 +470,11 @@ def _rope(a: Attributes) -> tuple[float, RopeScaling | None]:
     rope = Attributes(values, defaults, prefix=f"{name}.")
     rope.seen.add("type")
     rope.fixed("partial_rotary_factor", (1.0,))
-    theta, rope_type, scaling = rope.number("rope_theta"), rope.get("rope_type"), None
-    if rope_type == "llama3":
+    theta, rope_type = rope.number("rope_theta"), rope.get("rope_type")
+    scaling: RopeScaling | LinearScaling | None = None
+    if rope_type == "linear":
+        scaling = LinearScaling(rope.number("factor"))
+    elif rope_type == "llama3":
         scaling = RopeScaling(
             factor=rope.number("factor"),
             low_freq_factor=rope.number("low_freq_factor"),
@@ -357,7 +484,8 @@ def _rope(a: Attributes) -> tuple[float, RopeScaling | None]:
         if scaling.high_freq_factor <= scaling.low_freq_factor:
             rope.refuse("high_freq_factor", "more than low_freq_factor")
     elif rope_type != "default":
-        rope.refuse("rope_type" if "rope_type" in values else "type", '"default" or "llama3"')
+        name = "rope_type" if "rope_type" in values else "type"
+        rope.refuse(name, '"default", "linear" or "llama3"')
         rope.seen |= values.keys()  # the keys of another type are no news
     rope.refuse_unread(f"no such key for rope_type {json.dumps(rope_type)}")
     a.problems |= rope.problems
@@ -366,17 +494,12 @@ def _rope(a: Attributes) -> tuple[float, RopeScaling | None]:
 
 def _windows(a: Attributes, family: _Family, num_layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window."""
+    if "sliding_window" not in family.defaults:
+        return (None,) * num_layers
     window = a.optional_integer("sliding_window")
-    if family.name == "qwen2":
-        first = a.get("max_window_layers")
-        if type(first) is not int or first < 0:
-            a.refuse("max_window_layers", "an integer from 0")
-            first = 0
-        windowed = [layer >= first for layer in range(num_layers)]
-        if not a.flag("use_sliding_window"):
-            window = None
-    else:
-        windowed = [family.name == "gemma2" and layer % 2 == 0 for layer in range(num_layers)]
+    windowed = family.windowed(a, num_layers)
+    if not any(windowed):
+        window = None
     if (kinds := a.get("layer_types")) is not None:
         allowed = ["full_attention"] + ["sliding_attention"] * (window is not None)
         if (

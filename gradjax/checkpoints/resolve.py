@@ -27,25 +27,69 @@ from gradjax.storage.filesystem import url_to_fs
 DEMO = "demo"
 _DEMO_DIRECTORY = Path(__file__).parent.parent / "demo" / "model"
 
-_BASE_MODELS = {
+REGISTRY: dict[str, str] = {
     "qwen2.5_0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5_0.5b_instruct": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen2.5_1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5_1.5b_instruct": "Qwen/Qwen2.5-1.5B-Instruct",
     "qwen2.5_3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5_3b_instruct": "Qwen/Qwen2.5-3B-Instruct",
     "qwen2.5_7b": "Qwen/Qwen2.5-7B",
+    "qwen2.5_7b_instruct": "Qwen/Qwen2.5-7B-Instruct",
     "qwen2.5_14b": "Qwen/Qwen2.5-14B",
+    "qwen2.5_14b_instruct": "Qwen/Qwen2.5-14B-Instruct",
     "qwen2.5_32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5_32b_instruct": "Qwen/Qwen2.5-32B-Instruct",
     "qwen2.5_72b": "Qwen/Qwen2.5-72B",
+    "qwen2.5_72b_instruct": "Qwen/Qwen2.5-72B-Instruct",
     "llama3.1_8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1_8b_instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "llama3.1_70b": "meta-llama/Llama-3.1-70B",
+    "llama3.1_70b_instruct": "meta-llama/Llama-3.1-70B-Instruct",
     "llama3.2_1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2_1b_instruct": "meta-llama/Llama-3.2-1B-Instruct",
     "llama3.2_3b": "meta-llama/Llama-3.2-3B",
+    "llama3.2_3b_instruct": "meta-llama/Llama-3.2-3B-Instruct",
     "gemma2_2b": "google/gemma-2-2b",
+    "gemma2_2b_instruct": "google/gemma-2-2b-it",
     "gemma2_9b": "google/gemma-2-9b",
+    "gemma2_9b_instruct": "google/gemma-2-9b-it",
     "gemma2_27b": "google/gemma-2-27b",
-}
-REGISTRY: dict[str, str] = _BASE_MODELS | {
-    f"{name}_instruct": repo + ("-it" if name.startswith("gemma") else "-Instruct")
-    for name, repo in _BASE_MODELS.items()
+    "gemma2_27b_instruct": "google/gemma-2-27b-it",
+    "smollm2_135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2_135m_instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2_360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2_360m_instruct": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2_1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "smollm2_1.7b_instruct": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "qwen3_0.6b": "Qwen/Qwen3-0.6B-Base",
+    "qwen3_0.6b_instruct": "Qwen/Qwen3-0.6B",
+    "qwen3_1.7b": "Qwen/Qwen3-1.7B-Base",
+    "qwen3_1.7b_instruct": "Qwen/Qwen3-1.7B",
+    "qwen3_4b": "Qwen/Qwen3-4B-Base",
+    "qwen3_4b_instruct": "Qwen/Qwen3-4B",
+    "qwen3_8b": "Qwen/Qwen3-8B-Base",
+    "qwen3_8b_instruct": "Qwen/Qwen3-8B",
+    "qwen3_14b": "Qwen/Qwen3-14B-Base",
+    "qwen3_14b_instruct": "Qwen/Qwen3-14B",
+    "qwen3_32b_instruct": "Qwen/Qwen3-32B",
+    "mistral_7b": "mistralai/Mistral-7B-v0.3",
+    "mistral_7b_instruct": "mistralai/Mistral-7B-Instruct-v0.3",
+    "olmo_1b": "allenai/OLMo-1B-hf",
+    "olmo_7b": "allenai/OLMo-7B-hf",
+    "olmo_7b_instruct": "allenai/OLMo-7B-Instruct-hf",
+    "olmo2_1b": "allenai/OLMo-2-0425-1B",
+    "olmo2_1b_instruct": "allenai/OLMo-2-0425-1B-Instruct",
+    "olmo2_7b": "allenai/OLMo-2-1124-7B",
+    "olmo2_7b_instruct": "allenai/OLMo-2-1124-7B-Instruct",
+    "olmo2_13b": "allenai/OLMo-2-1124-13B",
+    "olmo2_13b_instruct": "allenai/OLMo-2-1124-13B-Instruct",
+    "olmo2_32b": "allenai/OLMo-2-0325-32B",
+    "olmo2_32b_instruct": "allenai/OLMo-2-0325-32B-Instruct",
+    "gemma3_270m": "google/gemma-3-270m",
+    "gemma3_270m_instruct": "google/gemma-3-270m-it",
+    "gemma3_1b": "google/gemma-3-1b-pt",
+    "gemma3_1b_instruct": "google/gemma-3-1b-it",
 }
 
 # What a model is made of here: no pickles, no code, no second copy in another format.
@@ -242,8 +286,7 @@ def _unknown(model: str, flag: str) -> GradjaxError:
     hint = did_you_mean(model, [DEMO, *REGISTRY])
     return GradjaxError(
         f"--{flag}={model} is neither a registered name{hint} nor an existing directory nor a Hub "
-        f"repo ORG/NAME; registered are {DEMO}, and with or without _instruct behind them "
-        f"{', '.join(_BASE_MODELS)}."
+        f"repo ORG/NAME; registered are {', '.join([DEMO, *REGISTRY])}."
     )
 
 

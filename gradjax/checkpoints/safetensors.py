@@ -25,7 +25,7 @@ from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
 from gradjax.model.parallel import weight_sharding
-from gradjax.model.parameters import all_parameters
+from gradjax.model.parameters import Parameter, all_parameters
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -75,15 +75,18 @@ def load_decoder(
     """
     tensors, problems = find_tensors(directory)
     table = all_parameters(config)
-    shapes = {parameter.hf_key: parameter.shape(config) for parameter in table.values()}
+    shapes = {p.hf_key: p.shape(config) for p in table.values() if p.hf_key}
     tied = _EMBEDDING if config.tied_embeddings else None
     check_fit(directory, tensors, problems, shapes, dtype, tied=tied, ignored=(_ROPE_CONSTANT,))
     mesh = mesh or sharding.one_device()
-    weights = {
-        path: load_tensor(tensors[p.hf_key], dtype, weight_sharding(mesh, config, p))
-        for path, p in table.items()
-    }
-    return Decoder(config, weights, mesh)
+
+    def load(parameter: Parameter) -> jax.Array:
+        placed = weight_sharding(mesh, config, parameter)
+        if parameter.hf_key:
+            return load_tensor(tensors[parameter.hf_key], dtype, placed)
+        return jnp.full(parameter.shape(config), parameter.mean, dtype, device=placed)
+
+    return Decoder(config, {path: load(p) for path, p in table.items()}, mesh)
 
 
 def find_tensors(directory: Path) -> tuple[dict[str, Tensor], list[str]]:

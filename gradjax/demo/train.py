@@ -250,7 +250,7 @@ def save_model(model: Decoder, tokenizer: Tokenizer, directory: Path) -> None:
         },
     )
     tensors = {
-        parameter.hf_key: np.asarray(model.weight(path), np.float32)
+        str(parameter.hf_key): np.asarray(model.weight(path), np.float32)
         for path, parameter in all_parameters(config).items()
     }
     serialized = safetensors.numpy.save(tensors, metadata={"format": "pt"})

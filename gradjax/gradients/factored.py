@@ -59,13 +59,13 @@ def attention_gradients(
       targets: true at the tokens that the loss is the mean over (paper, eq. 1).
     """
     config, mesh, length = model.config, model.mesh, tokens.shape[1]
-    rope = _rope_tables(config, length)
+    ropes = decoder.layer_ropes(config, partial(_rope_tables, config, length))
     windows = decoder.layer_windows(config, length)
     x = _embed(mesh, config, model.embedding[...], tokens)
     kept: list[BlockActivations | Array] = []
     for layer, block in enumerate(model.blocks):
         block_input = x
-        x, activations = _block_forward(mesh, config, block, x, rope, windows[layer])
+        x, activations = _block_forward(mesh, config, block, x, ropes[layer], windows[layer])
         if layer >= lowest_layer:
             kept.append(activations if keep_activations else block_input)
         del activations
@@ -78,7 +78,7 @@ def attention_gradients(
     def backward(cotangent: Array) -> Iterator[tuple[int, Factors]]:
         for layer in reversed(range(lowest_layer, config.num_layers)):
             block, activations = model.blocks[layer], kept.pop()
-            rest = (rope, windows[layer])
+            rest = (ropes[layer], windows[layer])
             if not isinstance(activations, BlockActivations):
                 _, activations = _block_forward(mesh, config, block, activations, *rest)
             cotangent, factors = _block_backward(mesh, config, block, activations, cotangent, *rest)
@@ -123,7 +123,9 @@ def head_gradient(
         terms, gradient = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         take = partial(jnp.take, indices=at, axis=0, mode="clip")
-        normed, norm_vjp = jax.vjp(lambda rows: decoder.norm(config, rows, final_norm), take(flat))
+        normed, norm_vjp = jax.vjp(
+            lambda rows: layers.normalize(config, rows, final_norm), take(flat)
+        )
         losses, cotangents = token_losses_gradient(config, table, normed, take(labels))
         weight = take(weights) * (at < batch * length).astype(jnp.float32)
         (rows,) = norm_vjp((weight[:, None] * cotangents).astype(normed.dtype))
@@ -180,9 +182,7 @@ def token_losses_gradient(
     return losses, pulled / total[:, None]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]:
-    return layers.rope_tables(config, length)
+_rope_tables = jax.jit(layers.rope_tables, static_argnums=(0, 1, 2))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -264,29 +264,28 @@ def block_backward(
     window: int | None,
 ) -> tuple[Float[Array, "B T D"], Factors]:
     """The cotangent of a block's input, and the factors of its four projections."""
-    norm = partial(decoder.norm, config)
+    norm = partial(decoder.norm, config, block=block)
     matrices = {name: decoder.matrix(config, block, name) for name in decoder.MATRICES}
 
-    def through_post_norm(out: Array, name: str, cotangent: Array) -> Array:
-        post_norm = partial(decoder.post_norm, config, block=block, name=name)
-        return jax.vjp(lambda out: post_norm(out), out)[1](cotangent)[0]
+    def through_norm(x: Array, name: str, cotangent: Array) -> Array:
+        return jax.vjp(lambda x: norm(x, name=name), x)[1](cotangent)[0]
 
-    delta = through_post_norm(kept.mlp_out, "mlp_post_norm", cotangent)
+    delta = through_norm(kept.mlp_out, "mlp_post_norm", cotangent)
     (hidden,) = from_stream(delta, matrices["down"])
     gate, up = jax.vjp(partial(layers.gated, config), kept.gate, kept.up)[1](hidden)
     hidden = to_stream((gate, matrices["gate"]), (up, matrices["up"]))
-    _, norm_vjp = jax.vjp(lambda x: norm(x, block.mlp_norm[...]), kept.middle)
-    cotangent += norm_vjp(hidden)[0]
+    cotangent += through_norm(kept.middle, "mlp_norm", hidden)
 
-    o = through_post_norm(kept.attention_out, "attention_post_norm", cotangent)
+    o = through_norm(kept.attention_out, "attention_post_norm", cotangent)
     (hidden,) = from_stream(o, matrices["o"])
-    attended, heads = kept.attended, (kept.q, kept.k, kept.v)
+    attended, attention_inputs = kept.attended, partial(decoder.attention_inputs, config, block)
+    heads, heads_vjp = jax.vjp(attention_inputs, kept.q, kept.k, kept.v)
     from_o = own_examples(hidden, matrices["o"])
     kept_sums = (attended, kept.logsumexp)
-    q, k, v = attention_backward(config, window, *heads, rope, *kept_sums, from_o)
+    q, k, v = heads_vjp(attention_backward(config, window, *heads, rope, *kept_sums, from_o))
     pairs = ((delta, matrices[name]) for name, delta in zip("qkv", (q, k, v), strict=True))
     hidden = to_stream(*((own_columns(delta, matrix), matrix) for delta, matrix in pairs))
-    normed, norm_vjp = jax.vjp(lambda x: norm(x, block.attention_norm[...]), kept.x)
+    normed, norm_vjp = jax.vjp(lambda x: norm(x, name="attention_norm"), kept.x)
     cotangent += norm_vjp(hidden)[0]
     return cotangent, Factors(x_qkv=normed, x_o=attended, q=q, k=k, v=v, o=o)
 

@@ -1,4 +1,4 @@
-"""The decoder of all three families: a Flax container of arrays and the functions over it.
+"""The decoder of every family: a Flax container of arrays and the functions over it.
 
 Blocks are kept apart, not stacked under `jax.lax.scan`: a scan copies each layer's weights
 out of the stack in every pass (1.3 times the time of two matrix products at 7B width on a
@@ -6,7 +6,7 @@ CPU), while one compiled block serves all layers either way, and its outputs can
 device while the next block runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 class Block(nnx.Module):
     """The weights of one transformer block, named as in the weight table.
 
-    Families with biases or post-norms have more: `q_bias`, `attention_post_norm`, …
+    Families have more, or do without the norms: `q_bias`, `q_norm`, `attention_post_norm`, …
     """
 
     attention_norm: nnx.Param
@@ -145,14 +145,39 @@ def embed(config: DecoderConfig, table: Float[Array, "_ D"], tokens: Int[Array, 
     return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1 else x
 
 
-def norm(config: DecoderConfig, x: Float[Array, "*B D"], scale: Float[Array, " D"]) -> Array:
-    """RMSNorm with the config's epsilon and offset."""
-    return layers.rms_norm(x, scale, config.norm_eps, config.norm_offset)
+def norm(config: DecoderConfig, x: Float[Array, "*B W"], block: Block, name: str) -> Array:
+    """One of a block's norms; nothing where the family has none of that name."""
+    if not hasattr(block, name):
+        return x
+    return layers.normalize(config, x, getattr(block, name)[...])
 
 
-def post_norm(config: DecoderConfig, x: Float[Array, "B T D"], block: Block, name: str) -> Array:
-    """Gemma's norm of what a sublayer adds to the stream; elsewhere nothing."""
-    return norm(config, x, getattr(block, name)[...]) if config.post_norms else x
+def attention_inputs(
+    config: DecoderConfig,
+    block: Block,
+    q: Float[Array, "B T Q"],
+    k: Float[Array, "B T C"],
+    v: Float[Array, "B T C"],
+) -> tuple[Float[Array, "B T Q"], Float[Array, "B T C"], Float[Array, "B T C"]]:
+    """What attention takes of the projections: OLMo cuts them, others normalize q and k."""
+    if config.qkv_clip is not None:
+        q, k, v = (jnp.clip(y, -config.qkv_clip, config.qkv_clip) for y in (q, k, v))
+    if config.qk_norm == "all":
+        q, k = norm(config, q, block, "q_norm"), norm(config, k, block, "k_norm")
+    elif config.qk_norm == "head":
+        by_head = [y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k)]
+        q = norm(config, by_head[0], block, "q_norm").reshape(q.shape)
+        k = norm(config, by_head[1], block, "k_norm").reshape(k.shape)
+    return q, k, v
+
+
+def layer_ropes(
+    config: DecoderConfig, tables: Callable[[bool], Float[Array, "2 T half"]]
+) -> list[Float[Array, "2 T half"]]:
+    """Each layer's RoPE tables, [L]; `tables` makes those of layers without and with a window."""
+    windowed = [bool(config.window_rope_theta and window) for window in config.windows]
+    made = {kind: tables(kind) for kind in sorted(set(windowed))}
+    return [made[kind] for kind in windowed]
 
 
 def bias(config: DecoderConfig, block: Block, name: str) -> Array | float:
@@ -177,32 +202,31 @@ def block_forward(
     Weights may be the parts that a device of a mesh holds, inside `jax.shard_map`; x is then its
     own examples.
     """
-    h = norm(config, x, block.attention_norm[...])
+    h = norm(config, x, block, "attention_norm")
     matrices = {name: matrix(config, block, name) for name in MATRICES}
     heads = from_stream(h, *(matrices[name] for name in "qkv"))
     q, k, v = (
         own_examples(y, matrices[name]) + bias(config, block, name)
         for name, y in zip("qkv", heads, strict=True)
     )
-    attended, logsumexp = attention(config, window, q, k, v, rope)
+    heads = attention_inputs(config, block, q, k, v)
+    attended, logsumexp = attention(config, window, *heads, rope)
     o = matrices["o"]
     attention_out = to_stream((own_columns(attended, o), o))
-    middle = x + post_norm(config, attention_out, block, "attention_post_norm")
+    middle = x + norm(config, attention_out, block, "attention_post_norm")
 
-    h = norm(config, middle, block.mlp_norm[...])
+    h = norm(config, middle, block, "mlp_norm")
     gate, up = from_stream(h, matrices["gate"], matrices["up"])
     mlp_out = to_stream((layers.gated(config, gate, up), matrices["down"]))
-    out = middle + post_norm(config, mlp_out, block, "mlp_post_norm")
+    out = middle + norm(config, mlp_out, block, "mlp_post_norm")
     kept = BlockActivations(
         x, q, k, v, attended, logsumexp, attention_out, middle, gate, up, mlp_out
     )
     return out, kept
 
 
-@partial(jax.jit, static_argnums=0)
-def _block_inputs(config: DecoderConfig, table: Array, tokens: Array) -> tuple[Array, Array]:
-    """What the first block takes, and the RoPE tables of all."""
-    return embed(config, table, tokens), layers.rope_tables(config, tokens.shape[1])
+_first_input = jax.jit(embed, static_argnums=0)
+_rope_tables = jax.jit(layers.rope_tables, static_argnums=(0, 1, 2))
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -218,9 +242,11 @@ def hidden_states(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B 
     Called outside of `jax.jit`, each batch shape costs the compilation of a single block.
     """
     config = model.config
-    x, rope = _block_inputs(config, model.embedding[...], tokens)
-    windows = layer_windows(config, tokens.shape[1])
-    for block, window in zip(model.blocks, windows, strict=True):
+    length = tokens.shape[1]
+    x = _first_input(config, model.embedding[...], tokens)
+    ropes = layer_ropes(config, partial(_rope_tables, config, length))
+    windows = layer_windows(config, length)
+    for block, rope, window in zip(model.blocks, ropes, windows, strict=True):
         x = _block_output(config, block, x, rope, window)
     return x
 
@@ -232,7 +258,7 @@ def project_logits(
     x: Float[Array, "*B D"],
 ) -> Float[Array, "*B V"]:
     """Final norm, output head and soft cap; float32."""
-    x = norm(config, x, final_norm)
+    x = layers.normalize(config, x, final_norm)
     scores = layers.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
     return layers.soft_cap(scores, config.logits_softcap)
 

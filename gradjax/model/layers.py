@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gradjax.model.config import DecoderConfig, RopeScaling
+from gradjax.model.config import DecoderConfig, LinearScaling, RopeScaling
 
 einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 # The score of what a softmax leaves out.
@@ -30,29 +30,40 @@ def linear_transpose(
     return einsum("...o,oi->...i", delta, weight)
 
 
-def rms_norm(
-    x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float, offset: float
-) -> Float[Array, "... D"]:
-    """`x / rms(x) · (offset + scale)`, computed in float32; Gemma's offset is 1."""
+def normalize(
+    config: DecoderConfig, x: Float[Array, "... W"], scale: Float[Array, " W"]
+) -> Float[Array, "... W"]:
+    """The config's norm over the last axis, computed in float32.
+
+    RMSNorm is `x / rms(x) · (offset + scale)`, where Gemma's offset is 1. LayerNorm has no
+    parameters: its scale is a constant 1.
+    """
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    if offset:
-        # Gemma scales before it rounds, the others after: visible in bfloat16 only.
-        return (normed * (offset + scale.astype(jnp.float32))).astype(x.dtype)
-    return normed.astype(x.dtype) * scale
+    if config.norm == "layer":
+        x32 -= x32.mean(axis=-1, keepdims=True)
+    power = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    normed = x32 * jax.lax.rsqrt(power + config.norm_eps)
+    if config.norm == "rms":
+        return normed.astype(x.dtype) * scale
+    return (normed * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+def rope_frequencies(config: DecoderConfig, windowed: bool = False) -> np.ndarray:
     """Angular frequency of each pair of a head's dimensions, float32 [half], half = H/2.
 
     With `rope_scaling` of Llama 3: long wavelengths are stretched by `factor`, short ones
     kept, those between interpolated (transformers, `_compute_llama3_parameters`).
+
+    Args:
+      windowed: those of layers with a window, which Gemma 3 has apart and never scales.
     """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    if windowed and config.window_rope_theta:
+        return (config.window_rope_theta**-exponent).astype(np.float32)
     frequencies = (config.rope_theta**-exponent).astype(np.float32)
-    if config.rope_scaling is None:
-        return frequencies
-    return _scale_llama3(frequencies, config.rope_scaling)
+    if isinstance(config.rope_scaling, LinearScaling):
+        return frequencies / np.float32(config.rope_scaling.factor)
+    return _scale_llama3(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
 
 
 def _scale_llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -62,10 +73,12 @@ def _scale_llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return (kept * frequencies + (1 - kept) * frequencies / scaling.factor).astype(np.float32)
 
 
-def rope_tables(config: DecoderConfig, length: int) -> Float[Array, "2 T half"]:
+def rope_tables(
+    config: DecoderConfig, length: int, windowed: bool = False
+) -> Float[Array, "2 T half"]:
     """Cosines and sines of positions 0 … length-1, float32 as in transformers."""
     positions = jnp.arange(length, dtype=jnp.float32)
-    angles = positions[:, None] * jnp.asarray(rope_frequencies(config))[None, :]
+    angles = positions[:, None] * jnp.asarray(rope_frequencies(config, windowed))[None, :]
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 

@@ -10,14 +10,14 @@ import dataclasses
 
 from gradjax.model.config import DecoderConfig
 
-_EMBEDDING_STD = 0.02  # transformers' initializer_range of all three families
+_EMBEDDING_STD = 0.02  # transformers' initializer_range of every family
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """One array of the decoder. `axes` are letters of the legend in structs.py."""
 
-    hf_key: str
+    hf_key: str | None  # None: a constant, in no file
     axes: tuple[str, ...]
     std: float = _EMBEDDING_STD  # of `--random_init`; 0: the constant `mean`
     mean: float = 0.0
@@ -36,6 +36,7 @@ def axis_sizes(config: DecoderConfig) -> dict[str, int]:
         "V": config.vocab_size,
         "Q": config.num_heads * config.head_dim,
         "C": config.num_kv_heads * config.head_dim,
+        "H": config.head_dim,
         "1": 1,  # the score head's only row
     }
 
@@ -60,11 +61,10 @@ def block_parameters(config: DecoderConfig, layer: int) -> dict[str, Parameter]:
     def matrix(name: str, *axes: str) -> Parameter:
         return Parameter(f"{prefix}{name}.weight", axes)
 
-    def norm(name: str) -> Parameter:
-        return _norm(config, f"{prefix}{name}.weight")
+    def norm(name: str, axes: tuple[str, ...] = ("D",)) -> Parameter:
+        return _norm(config, f"{prefix}{name}.weight", axes)
 
     table = {
-        "attention_norm": norm("input_layernorm"),
         "q": matrix("self_attn.q_proj", "Q", "D"),
         "k": matrix("self_attn.k_proj", "C", "D"),
         "v": matrix("self_attn.v_proj", "C", "D"),
@@ -77,12 +77,18 @@ def block_parameters(config: DecoderConfig, layer: int) -> dict[str, Parameter]:
         for name, axis in (("q", "Q"), ("k", "C"), ("v", "C")):
             key = f"{prefix}self_attn.{name}_proj.bias"
             table[f"{name}_bias"] = Parameter(key, (axis,), std=0.0)
+    if config.qk_norm:
+        for name, axis in (("q", "Q"), ("k", "C")):
+            axes = ("H",) if config.qk_norm == "head" else (axis,)
+            table[f"{name}_norm"] = norm(f"self_attn.{name}_norm", axes)
+    if config.pre_norms:
+        # Where there are norms behind the sublayers too, files call this one otherwise.
+        second = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        table["attention_norm"] = norm("input_layernorm")
+        table["mlp_norm"] = norm(second)
     if config.post_norms:
         table["attention_post_norm"] = norm("post_attention_layernorm")
-        table["mlp_norm"] = norm("pre_feedforward_layernorm")
         table["mlp_post_norm"] = norm("post_feedforward_layernorm")
-    else:
-        table["mlp_norm"] = norm("post_attention_layernorm")
     return table
 
 
@@ -95,5 +101,6 @@ def all_parameters(config: DecoderConfig) -> dict[str, Parameter]:
     return table
 
 
-def _norm(config: DecoderConfig, hf_key: str) -> Parameter:
-    return Parameter(hf_key, ("D",), std=0.0, mean=1.0 - config.norm_offset)
+def _norm(config: DecoderConfig, hf_key: str, axes: tuple[str, ...] = ("D",)) -> Parameter:
+    mean = 1.0 - config.norm_offset
+    return Parameter(None if config.norm == "layer" else hf_key, axes, std=0.0, mean=mean)
