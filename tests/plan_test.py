@@ -1,6 +1,7 @@
 """What a plan says, against what compiled programs and a real run hold."""
 
 import dataclasses
+import json
 import weakref
 
 import jax
@@ -220,6 +221,16 @@ def test_weights_of_registered_sizes():
     sizes = {"vocab_size": 152064, "hidden_size": 3584, "mlp_size": 18944}
     model = dataclasses.replace(model, **sizes, num_heads=28, num_kv_heads=4, head_dim=128)
     assert cost.weight_bytes(model, 2, ALONE) == 2 * 7_615_616_512  # Qwen2.5-7B
+
+
+def test_a_plan_says_which_rows_are_not_usable(capsys, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turns = [{"role": role, "content": "5"} for role in ("user", "assistant") * 2]
+    rows = [{"question": "How many?", "answer": "5"}, {"messages": turns}, {"messages": turns}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\nno JSON")
+    print_plan(RunConfig(data=(str(path),)))
+    said = capsys.readouterr().out
+    assert "not usable  3 invalid_row (row 1: 4 turns have no plain form;" in said
 
 
 def test_truncated_rows_are_planned_as_cut(capsys):

@@ -134,7 +134,7 @@ def test_plain_refuses_several_turns_and_points_to_chat():
     result = tokenize(chat("a", "b", "c", "d"), make_tokenizer("qwen2"), TokenConfig())
     assert (result.status, result.num_tokens) == ("invalid_row", 0)
     assert "4 turns" in result.reason
-    assert "--prompt_format=chat" in result.reason
+    assert "--prompt_format=chat takes them" in result.reason
 
 
 def hand_split(family, turns):

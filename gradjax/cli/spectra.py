@@ -89,11 +89,11 @@ GROUPS = {
     ],
 }
 DETAILS = """
-Loads a Qwen2.5, Llama 3 or Gemma 2 checkpoint, computes for every row of the
-data the gradient of its loss in the q, k, v and o matrices, and stores singular
-values, nuclear norm, effective rank and cosines as Parquet tables. Called again
-with the same flags it goes on where it stopped. Without any flag it runs the
-embedded example.
+Loads a Hugging Face checkpoint (Qwen2.5, Qwen3, Llama, Mistral, OLMo, OLMo 2,
+Gemma 2 or 3), computes for every row of the data the gradient of its loss in
+the q, k, v and o matrices, and stores singular values, nuclear norm, effective
+rank and cosines as Parquet tables. Called again with the same flags it goes on
+where it stopped. Without any flag it runs the embedded example.
 """
 
 

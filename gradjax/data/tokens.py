@@ -101,7 +101,7 @@ def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
     """
     if not is_single_turn(example.messages):
         raise _UnusableError(
-            f"{len(example.messages)} turns have no plain form; use --prompt_format=chat"
+            f"{len(example.messages)} turns have no plain form; --prompt_format=chat takes them"
         )
     prompt = example.instruction + "\n"
     tokens = np.asarray(_encode(tokenizer, prompt + example.output).input_ids, np.int32)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from gradjax.checkpoints.pretrained import load_weights
 from gradjax.config import RunConfig
+from gradjax.data.usable import describe_unusable
 from gradjax.device import Device, keep_compiled_programs, local_device, parse_topology
 from gradjax.distributed import Processes, join
 from gradjax.errors import GradjaxError
@@ -147,6 +148,8 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
     planned = lay_out(config, inputs, device, devices)
     print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype)))
     print(format_shapes(config, inputs, planned))
+    if unusable := describe_unusable((t.example, t.status, t.reason) for t in inputs.tokenized):
+        print(f"not usable  {unusable}")
     require_fit(planned, remedies(config, inputs, device, planned.mesh))
 
 
