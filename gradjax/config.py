@@ -163,6 +163,7 @@ class RunConfig:
     seed: int = 0
     store_singular_values: bool = True
     overwrite: bool = False
+    revision: str | None = None  # of a model on the Hub
     reading: Reading = dataclasses.field(default_factory=Reading)
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from gradjax.checkpoints.hf_config import read_config
+from gradjax.checkpoints.pretrained import identity
 from gradjax.checkpoints.resolve import REGISTRY, load_tokenizer, resolve
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig, RopeScaling
@@ -519,6 +520,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the Hub's protocol as a download needs."""
 
     files: dict[str, bytes]
+    fetched: list[str]  # names of files, as they are downloaded
 
     def do_HEAD(self):
         self.do_GET()
@@ -528,8 +530,12 @@ class Hub(BaseHTTPRequestHandler):
         repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
         if repo == "org/missing":
             return self.reply(*MISSING_ERROR)
-        if path.endswith("/revision/main"):
-            return self.reply_json({"id": repo, "sha": COMMIT, "siblings": []})
+        if "/revision/" in path:
+            commit = path.rsplit("/", 1)[1]
+            names = self.files if "blobs=" in self.path else {}
+            siblings = [{"rfilename": name, **self.blob(name)} for name in names]
+            sha = COMMIT if commit == "main" else commit
+            return self.reply_json({"id": repo, "sha": sha, "siblings": siblings})
         if repo == "google/gemma-2-2b":
             return self.reply(*LICENCE_ERROR)
         if "/tree/" in path:
@@ -542,8 +548,17 @@ class Hub(BaseHTTPRequestHandler):
         if repo == "meta-llama/Llama-3.2-1B":  # metadata is public, files are not
             return self.reply(*LICENCE_ERROR)
         data = self.files[path.rsplit("/", 1)[1]]
-        headers = {"ETag": f'"{self.etag(data)}"', "X-Repo-Commit": COMMIT}
+        if self.command == "GET":
+            self.fetched.append(path.rsplit("/", 1)[1])
+        headers = {"ETag": f'"{self.etag(data)}"', "X-Repo-Commit": path.split("/")[-2]}
         return self.reply(200, headers, data)
+
+    def blob(self, name: str) -> dict:
+        """What the Hub says of a file: SHA-256 of those that it stores as large ones."""
+        if not name.endswith(".safetensors"):
+            return {}
+        digest, size = hashlib.sha256(self.files[name]).hexdigest(), len(self.files[name])
+        return {"size": size, "lfs": {"sha256": digest, "size": size, "pointerSize": 134}}
 
     @staticmethod
     def etag(data: bytes) -> str:
@@ -579,33 +594,78 @@ for model in sys.argv[1:]:
 """
 
 
+IDENTITY = """
+import json, sys
+from gradjax.checkpoints.pretrained import identity
+from gradjax.checkpoints.resolve import fetch_weights, resolve
+
+model, *revisions = sys.argv[1:]
+for revision in revisions:
+    checkpoint = resolve(model, revision=revision)
+    before = identity(checkpoint)
+    print(json.dumps([before, sorted(p.name for p in checkpoint.directory.glob("*.safetensors"))]))
+    assert identity(fetch_weights(checkpoint)) == before
+"""
+
+
+def serve(files: dict[str, bytes], source: Path) -> ThreadingHTTPServer:
+    """A hub with these files, and those of a directory, in every repo."""
+    Hub.files = files | {path.name: path.read_bytes() for path in source.iterdir()}
+    Hub.fetched = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def run_with_hub(
+    server: ThreadingHTTPServer, home: Path, script: str, *arguments: str, **environment: str
+) -> list:
+    """What a script prints, a JSON value per line."""
+    run = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ
+        | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+        }
+        | environment,
+    )
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_a_model_is_what_its_weights_are_wherever_they_lie(tmp_path):
+    source = save_checkpoint(make_hf_model("qwen2"), tmp_path / "source", max_shard_size="20KB")
+    make_tokenizer("qwen2").save_pretrained(source)
+    server = serve({"README.md": b"first"}, source)
+    ask = partial(run_with_hub, server, tmp_path / "home", IDENTITY, "org/tiny")
+    (first, there), (second, _) = ask("main", "f" * 40)  # another commit, the same weights
+    assert there == []  # known before anything is downloaded
+    assert first == second == identity(resolve(str(source)))
+    assert "README.md" not in Hub.fetched
+    ((offline, _),) = ask("main", HF_HUB_OFFLINE="1")
+    assert offline == first
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_revision_is_of_hub_repos_only(tmp_path):
+    for model in ("demo", str(tmp_path)):
+        with pytest.raises(GradjaxError, match=r"--revision=v1: --model=.* is no Hub repo"):
+            resolve(model, revision="v1")
+
+
 def test_hub_repos_download_and_errors_and_the_cache(tmp_path):
     source = save_checkpoint(make_hf_model("qwen2"), tmp_path / "source", max_shard_size="20KB")
     unwanted = ["pytorch_model.bin", "consolidated.safetensors", "code.py"]
-    Hub.files = dict.fromkeys(unwanted, b"") | {
-        path.name: path.read_bytes() for path in source.iterdir()
-    }
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def run(*models: str) -> list:
-        run = subprocess.run(
-            [sys.executable, "-c", RESOLVE, *models],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ
-            | {
-                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                "HF_HOME": str(tmp_path / "home"),
-                "HF_HUB_OFFLINE": "0",
-                "TRANSFORMERS_OFFLINE": "0",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "PYTHONPATH": str(Path(__file__).parent.parent),
-            },
-        )
-        return [json.loads(line) for line in run.stdout.splitlines()]
-
+    server = serve(dict.fromkeys(unwanted, b""), source)
+    run = partial(run_with_hub, server, tmp_path / "home", RESOLVE)
     found, registered, gated, files_gated, missing = run(
         "org/tiny.model", "qwen2.5_0.5b", "gemma2_2b", "llama3.2_1b", "org/missing"
     )
@@ -625,9 +685,9 @@ def test_hub_repos_download_and_errors_and_the_cache(tmp_path):
 
     server.shutdown()
     server.server_close()
-    cached, uncached, partial = run("org/tiny.model", "qwen2.5_1.5b", "llama3.2_1b")
+    cached, uncached, partly = run("org/tiny.model", "qwen2.5_1.5b", "llama3.2_1b")
     assert cached == found
     assert "Qwen/Qwen2.5-1.5B is not in the local cache" in uncached
     assert "hf download Qwen/Qwen2.5-1.5B" in uncached
     assert "give the directory of a local copy as --model" in uncached
-    assert "meta-llama/Llama-3.2-1B is not in the local cache (or only in part)" in partial
+    assert "meta-llama/Llama-3.2-1B is not in the local cache (or only in part)" in partly

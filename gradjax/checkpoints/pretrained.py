@@ -13,7 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.orbax import ORIGIN, load_converted, write_converted
-from gradjax.checkpoints.resolve import Checkpoint, fetch_weights, load_tokenizer, resolve
+from gradjax.checkpoints.resolve import (
+    Checkpoint,
+    fetch_weights,
+    hub_digests,
+    load_tokenizer,
+    resolve,
+)
 from gradjax.checkpoints.safetensors import load_decoder, stored_dtype, weights_hash
 from gradjax.device import local_device
 from gradjax.errors import GradjaxError, out_of_memory
@@ -37,22 +43,28 @@ class Model:
 
 
 def load_model(
-    model: str = "demo", *, dtype: str = "float32", random_init: bool = False, seed: int = 0
+    model: str = "demo",
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    random_init: bool = False,
+    seed: int = 0,
 ) -> Model:
     """Loads a model for gradient spectra.
 
     Args:
       model: a registered name (`gemma2_2b`), a Hub repo (`google/gemma-2-2b`) or a local
         Hugging Face directory.
+      revision: a Hub repo's commit, tag or branch; its main branch if None.
       dtype: `float32` or `bfloat16`, of weights and activations.
       random_init: fresh weights of the model's shape instead of its own.
       seed: of the fresh weights.
 
     Raises:
-      GradjaxError: if there is no such model, or its files are not what a Qwen2.5, Llama 3 or
-        Gemma 2 checkpoint holds; the message names the file, key or tensor.
+      GradjaxError: if there is no such model, or its files are not what a checkpoint
+        of one of the families holds; the message names the file, key or tensor.
     """
-    checkpoint = resolve(model)
+    checkpoint = resolve(model, revision=revision)
     config = read_config(checkpoint.directory)
     tokenizer = load_tokenizer(checkpoint.directory)
     decoder = load_weights(checkpoint, config, dtype, random_init=random_init, seed=seed)
@@ -102,13 +114,20 @@ def load_weights(
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """What tells a model's weights from others: a Hub revision or a hash of the files.
+    """What tells a model's weights from others: a hash of the files, wherever they lie.
 
-    A converted checkpoint's is that of what it was made from.
+    Of a Hub repo the files need not have been downloaded. A converted checkpoint's is that of what
+    it was made from.
+
+    Raises:
+      GradjaxError: if a Hub repo's weights have to be downloaded for it and cannot be.
     """
     if checkpoint.origin:
         return str(checkpoint.origin["identity"])
-    return checkpoint.revision or f"sha256:{weights_hash(checkpoint.directory)}"
+    known = hub_digests(checkpoint) if checkpoint.revision else None
+    if known is None:
+        checkpoint = fetch_weights(checkpoint)
+    return f"sha256:{weights_hash(checkpoint.directory, known)}"
 
 
 def convert(model: str, output: str) -> None:

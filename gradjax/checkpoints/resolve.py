@@ -6,11 +6,12 @@ import json
 import re
 import tempfile
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from absl import logging
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -116,28 +117,35 @@ class Checkpoint:
     origin: dict[str, str | None] | None = None  # of a converted checkpoint: what it was made from
 
 
-def resolve(model: str, *, flag: str = "model") -> Checkpoint:
+def resolve(model: str, *, flag: str = "model", revision: str | None = None) -> Checkpoint:
     """The checkpoint that `--model`, or another flag, names; downloads config and tokenizer.
 
     `model` is a registered name, else an existing directory, else a Hub repo `org/name`.
     A Hub repo's cached copy is used where the Hub cannot be reached. Weights are left to
     `fetch_weights`.
 
-    Raises GradjaxError for an unknown name, and for a repo that is missing, gated, or
-    neither reachable nor cached.
+    `revision` is a Hub repo's commit, tag or branch (its main branch if None).
+
+    Raises GradjaxError for an unknown name, for a repo that is missing, gated, or neither
+    reachable nor cached, and for a revision of what is no Hub repo.
     """
+    if model in REGISTRY:
+        return _from_hub(model, REGISTRY[model], flag, revision=revision)
+    is_repo = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)
+    if revision and (not is_repo or Path(model).expanduser().is_dir()):
+        raise GradjaxError(
+            f"--revision={revision}: --{flag}={model} is no Hub repo; leave --revision out"
+        )
     if model == DEMO:
         return Checkpoint(DEMO, _DEMO_DIRECTORY, DEMO, None)
-    if model in REGISTRY:
-        return _from_hub(model, REGISTRY[model], flag)
     directory = Path(model).expanduser()
     if model and directory.is_dir():
         path = directory.resolve()
         return Checkpoint(_folder_name(path.name), path, str(path), None, read_origin(path))
     if "://" in model:
         return _from_object_store(model, flag)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        return _from_hub(_folder_name(model), model, flag)
+    if is_repo:
+        return _from_hub(_folder_name(model), model, flag, revision=revision)
     raise _unknown(model, flag)
 
 
@@ -153,6 +161,19 @@ def fetch_weights(checkpoint: Checkpoint, *, flag: str = "model") -> Checkpoint:
             checkpoint.name, checkpoint.source, flag, weights=True, revision=checkpoint.revision
         )
     return checkpoint
+
+
+def hub_digests(checkpoint: Checkpoint) -> dict[str, str] | None:
+    """SHA-256 of a Hub checkpoint's weight files by name; None if the Hub cannot be asked."""
+    try:
+        info = HfApi().model_info(
+            checkpoint.source, revision=checkpoint.revision, files_metadata=True, timeout=10
+        )
+    except Exception:  # the client's HTTP library has errors of its own
+        return None
+    files = [file for file in info.siblings or [] if fnmatch(file.rfilename, _HUB_WEIGHTS)]
+    digests = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}
+    return digests if files and len(digests) == len(files) else None
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

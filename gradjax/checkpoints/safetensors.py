@@ -8,7 +8,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,16 +169,29 @@ def stored_dtype(directory: Path) -> np.dtype:
     return jnp.dtype(jnp.bfloat16 if bfloat16 else jnp.float32)
 
 
-def weights_hash(directory: Path) -> str:
-    """What identifies a local checkpoint: SHA-256 of its config.json and safetensors files.
+def weights_hash(directory: Path, known: Mapping[str, str] | None = None) -> str:
+    """What identifies a checkpoint: SHA-256 of its config.json and safetensors files.
 
-    The hex digest of the lines that `sha256sum config.json *.safetensors` prints there.
+    The hex digest of the lines that `sha256sum config.json model*.safetensors` prints there.
+
+    Args:
+      known: digests of all safetensors files by name, where they need not be read for them.
     """
-    lines = []
-    for path in [Path(directory) / "config.json", *sorted(Path(directory).glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    directory = Path(directory)
+    if known is None:
+        known = {path.name: _digest(path) for path in directory.glob("model*.safetensors")}
+    digests = {"config.json": _digest(directory / "config.json")} | dict(sorted(known.items()))
+    lines = (f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """A file's SHA-256. The Hub's cache names large files by theirs."""
+    name = path.resolve().name
+    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name):
+        return name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkpoint_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:

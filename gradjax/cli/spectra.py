@@ -48,6 +48,7 @@ METHODS, ROUTES = get_args(config.SpectrumMethod), get_args(config.SpectrumRoute
 GROUPS = {
     "Model": [
         flags.DEFINE_string("model", DEMO, MODEL, FLAGS),
+        flags.DEFINE_string("revision", None, "commit, tag or branch of a Hub repo", FLAGS),
         flags.DEFINE_enum("dtype", "float32", DTYPES, DTYPE, FLAGS),
         flags.DEFINE_boolean("random_init", False, RANDOM_INIT, FLAGS),
         flags.DEFINE_integer("seed", 0, SEED, flag_values=FLAGS),

@@ -49,7 +49,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
       GradjaxError: for a fault of any of them, or if the store holds other rows than the data.
     """
-    checkpoint = resolve(config.model)
+    checkpoint = resolve(config.model, revision=config.revision)
     model = read_config(checkpoint.directory)
     config.spectra.layer_numbers(model.num_layers)  # refused before anything is read
     tokenizer = load_tokenizer(checkpoint.directory)
