@@ -177,6 +177,20 @@ class RunConfig:
         _require_choice("processes", self.processes, get_args(ProcessKind))
         self._require_processes()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What numbers depend on, of what is known before anything is read; for a manifest."""
+        reading = self.reading.settings()
+        return {
+            "dtype": self.dtype,
+            **dataclasses.asdict(self.tokens),
+            "spectrum": self.spectra.spectrum,
+            "projections": list(self.spectra.projections),
+            "similarity": self.spectra.similarity,
+            "store_singular_values": self.store_singular_values,
+            **({"reading": reading} if reading else {}),
+        }
+
     def _require_processes(self) -> None:
         numbers = (self.num_processes, self.process_id)
         if self.coordinator_address in (None, "auto"):

@@ -1,11 +1,12 @@
 """What the devices offer: those of this machine, and those that a run is planned for."""
 
 import dataclasses
+import math
 import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -46,9 +47,29 @@ def local_device() -> Device:
     """The kind of this machine's devices; CPUs have equal shares of the host's memory."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = stats.get("bytes_limit", host // jax.local_device_count())
+    host = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), container_memory())
+    memory = stats.get("bytes_limit", int(host) // jax.local_device_count())
     return Device(device.device_kind, device.platform, memory)
+
+
+def container_memory(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Bytes that this process's container may use by cgroup v2; infinite where nothing limits it.
+
+    Args:
+      groups: where the hierarchy is mounted.
+      own: the file that says where in it this process is.
+    """
+    limits = [math.inf]
+    with suppress(OSError, ValueError):
+        lines = own.read_text().splitlines()
+        path = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+        for group in [groups / path, *(groups / path).parents]:
+            if group.is_relative_to(groups) and (group / "memory.max").is_file():
+                limit = (group / "memory.max").read_text().strip()
+                limits.append(math.inf if limit == "max" else int(limit))
+    return min(limits)
 
 
 def _tpu(kind: str, gibibytes: float, bfloat16: float) -> Device:

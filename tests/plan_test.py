@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import weakref
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from benchmarks.programs import abstract_decoder, programs
 from gradjax.config import RunConfig, SpectraConfig, TokenConfig
 from gradjax.data.batches import BatchSpec
-from gradjax.device import Device, parse_topology
+from gradjax.device import Device, container_memory, parse_topology
 from gradjax.errors import GradjaxError
 from gradjax.gradients import factored
 from gradjax.model.config import DecoderConfig, qwen2_config
@@ -231,6 +232,24 @@ def test_a_plan_says_which_rows_are_not_usable(capsys, tmp_path):
     print_plan(RunConfig(data=(str(path),)))
     said = capsys.readouterr().out
     assert "not usable  3 invalid_row (row 1: 4 turns have no plain form;" in said
+
+
+@pytest.mark.parametrize(
+    ("limits", "memory"),
+    [
+        ({}, math.inf),
+        ({"a/b": "max", "a": "max"}, math.inf),
+        ({"a/b": "7000"}, 7000),
+        ({"a/b": "7000", "a": "5000", "": "9000"}, 5000),  # a group is limited by those above it
+    ],
+)
+def test_a_containers_memory_is_its_groups(tmp_path, limits, memory):
+    (tmp_path / "own").write_text("9:memory:/old\n0::/a/b\n")
+    (tmp_path / "groups" / "a" / "b").mkdir(parents=True)
+    for group, limit in limits.items():
+        (tmp_path / "groups" / group / "memory.max").write_text(f"{limit}\n")
+    assert container_memory(tmp_path / "groups", tmp_path / "own") == memory
+    assert container_memory(tmp_path / "none", tmp_path / "none") == math.inf
 
 
 def test_truncated_rows_are_planned_as_cut(capsys):

@@ -333,6 +333,13 @@ def test_other_settings_are_refused_by_name(changes, named, tmp_path, one_row_ru
         run(config(one_row_run, limit=1, **changes))
 
 
+def test_other_settings_are_refused_before_anything_is_read(one_row_run, monkeypatch):
+    for name in ("resolve", "load_tokenizer", "read_rows"):
+        monkeypatch.setattr(inputs_module, name, None)
+    with pytest.raises(GradjaxError, match=r"other settings: dtype \("):
+        run(config(one_row_run, limit=1, dtype="bfloat16"))
+
+
 @pytest.fixture(scope="module")
 def one_row_run(tmp_path_factory):
     return run(config(tmp_path_factory.mktemp("one") / "run", limit=1))

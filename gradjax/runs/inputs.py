@@ -23,6 +23,7 @@ from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
 from gradjax.model.config import DecoderConfig
 from gradjax.model.parameters import all_parameters
+from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.store import NOTHING, FinishedRow, Found, Key, Store, find_run
 from gradjax.structs import Example, Status, TokenizedExample
 
@@ -49,14 +50,17 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
       GradjaxError: for a fault of any of them, or if the store holds other rows than the data.
     """
+    directory = config.output_dir
+    found = _find(config, directory) if directory else NOTHING
     checkpoint = resolve(config.model, revision=config.revision)
     model = read_config(checkpoint.directory)
     config.spectra.layer_numbers(model.num_layers)  # refused before anything is read
     tokenizer = load_tokenizer(checkpoint.directory)
     check_tokenizer(tokenizer, config.tokens)
     sources = parse_data_flags(config.data, config.reading)
-    directory = config.output_dir or default_directory(checkpoint.name, sources)
-    found = NOTHING if config.overwrite else find_run(directory)
+    if not directory:
+        directory = default_directory(checkpoint.name, sources)
+        found = _find(config, directory)
     data: dict[str, dict[str, Any]] = {}
     tokenized = []
     for source in sources:
@@ -74,6 +78,19 @@ def read_inputs(config: RunConfig) -> Inputs:
     check_vocabulary(tokenized, model.vocab_size)
     finished = _finished_positions(directory, found, tokenized)
     return Inputs(checkpoint, model, tokenizer, data, tokenized, directory, found, finished)
+
+
+def _find(config: RunConfig, directory: str | Path) -> Found:
+    """What the store holds of this run; refuses other settings before anything is read."""
+    if config.overwrite:
+        return NOTHING
+    found = find_run(directory)
+    if found.manifest:
+        asked, there = config.settings, found.manifest["settings"]
+        names = asked.keys() | {"reading"}
+        known = {name: there[name] for name in names if name in there}
+        Directory(directory, RUN).require_same("a run", known, asked)
+    return found
 
 
 def _report_rows(

@@ -26,11 +26,9 @@ _PACKAGE = Path(__file__).parent.parent
 
 def number_settings(config: RunConfig, inputs: Inputs, platform: str) -> dict[str, Any]:
     """What the numbers of a run depend on, beside its rows: equal, or not the same run."""
-    spectra = config.spectra
-    tokenizer, num_layers = inputs.tokenizer, inputs.model.num_layers
+    tokenizer = inputs.tokenizer
     template = str(tokenizer.chat_template or "")
-    reading = config.reading.settings()
-    return {
+    return config.settings | {
         "model": (
             f"random weights, seed {config.seed}: {sha256(repr(inputs.model))}"
             if config.random_init
@@ -38,15 +36,8 @@ def number_settings(config: RunConfig, inputs: Inputs, platform: str) -> dict[st
         ),
         "tokenizer": sha256(tokenizer.backend_tokenizer.to_str()),
         "template": sha256(template) if config.tokens.prompt_format == "chat" else None,
-        "dtype": config.dtype,
-        **dataclasses.asdict(config.tokens),
-        "spectrum": spectra.spectrum,
-        "spectrum_route": resolved_route(spectra, platform),
-        "layers": list(spectra.layer_numbers(num_layers)),
-        "projections": list(spectra.projections),
-        "similarity": spectra.similarity,
-        "store_singular_values": config.store_singular_values,
-        **({"reading": reading} if reading else {}),
+        "spectrum_route": resolved_route(config.spectra, platform),
+        "layers": list(config.spectra.layer_numbers(inputs.model.num_layers)),
     }
 
 
