@@ -23,7 +23,7 @@ from gradjax.config import RunConfig, SpectraConfig, TokenConfig
 from gradjax.data.sources import parse_data_flags
 from gradjax.data.word_problems import demo_rows
 from gradjax.errors import GradjaxError
-from gradjax.runs import compute
+from gradjax.runs import compute, progress
 from gradjax.runs import inputs as inputs_module
 from gradjax.runs import run as run_module
 from gradjax.runs.inputs import default_directory
@@ -479,6 +479,51 @@ def test_the_callers_threads_are_left_alone_between_results():
         for _ in gradjax.gradient_spectra(model, ROWS, batch_tokens=32, ordered=False):
             assert threadpoolctl.threadpool_info() == before
         assert threadpoolctl.threadpool_info() == before
+
+
+def test_a_model_fits_on_a_line():
+    assert repr(gradjax.load_model("demo")) == (
+        "Model(qwen2, 4 layers, 458,784 parameters in float32, 1 x cpu)"
+    )
+
+
+def test_another_model_is_refused_by_its_name(tmp_path, one_row_run):
+    other = shutil.copytree(resolve("demo").directory, tmp_path / "other")
+    config_file = other / "config.json"
+    config_file.write_text(config_file.read_text().replace("1e-06", "1e-05"))
+    assert "1e-05" in config_file.read_text()
+    with pytest.raises(GradjaxError, match=r"model \('demo, sha256:\w+' there, '\S+other, sha256:"):
+        run(config(one_row_run, limit=1, model=str(other)))
+    with pytest.raises(GradjaxError, match=r"other settings: model \("):
+        run(config(one_row_run, limit=1, model=str(other)))
+
+
+def test_the_same_weights_elsewhere_are_the_same_model(tmp_path, one_row_run):
+    shutil.copytree(resolve("demo").directory, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("edited")
+    before = every_byte(one_row_run)
+    run(config(one_row_run, limit=1, model=str(tmp_path / "copy")))
+    assert every_byte(one_row_run) == before
+
+
+def test_later_shards_are_larger(monkeypatch):
+    monkeypatch.setattr(progress, "_FLUSH_SECONDS", 1e9)
+    (result,) = gradjax.gradient_spectra(gradjax.load_model("demo"), ROWS[:1], layers="0")
+    sizes = [len(shard) for shard in progress.shards([result] * 16 for _ in range(10_000))]
+    assert sum(sizes) == 160_000
+    assert sizes[:64] == [256] * 64
+    assert sizes[64:128] == [512] * 64
+    assert len(sizes) < 300
+
+
+def test_counts_add_up(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS[:3])))
+    for limit, said in ((2, "2 rows: 0 finished before, 1 to compute, 1 not usable"),
+                        (3, "3 rows: 2 finished before, 1 to compute, 0 not usable")):  # fmt: skip
+        with caplog.at_level("INFO"):
+            run(config(tmp_path / "run", data=(str(path),), limit=limit))
+        assert said in caplog.text
 
 
 def test_unknown_setting_of_the_api():

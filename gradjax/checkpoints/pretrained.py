@@ -41,6 +41,15 @@ class Model:
         """The decoder's shape."""
         return self.decoder.config
 
+    def __repr__(self) -> str:
+        table, embedding = all_parameters(self.config).values(), self.decoder.embedding
+        parameters = sum(math.prod(p.shape(self.config)) for p in table if p.hf_key)
+        devices = self.decoder.mesh.devices.flat
+        return (
+            f"Model({self.config.family}, {self.config.num_layers} layers, {parameters:,} "
+            f"parameters in {embedding.dtype}, {len(devices)} x {devices[0].device_kind})"
+        )
+
 
 def load_model(
     model: str = "demo",

@@ -17,6 +17,9 @@ from gradjax.structs import ExampleResult, TokenizedExample
 # more makes fewer files.
 _FLUSH_SECONDS = 10.0
 _FLUSH_VALUES = 16_000_000  # singular values held in memory
+# Shards after which they take twice as much: a kill costs a long run a fiftieth at most, and a
+# million rows make hundreds of files.
+_FLUSH_DOUBLING = 64
 _FLUSH_ROWS = 256  # of a small model, whose values weigh less than the objects around them
 
 
@@ -68,7 +71,9 @@ def with_progress(
     ) as bar:
         start = last = time.monotonic()
         done = rows = 0
+        bar.set_description_str("compiling")  # the bar stands still until a batch is done
         for batch in results:
+            bar.set_description_str("")
             done += sum(r.tokenized.num_tokens for r in batch)
             rows += len(batch)
             bar.update(sum(r.tokenized.num_tokens for r in batch))
@@ -86,15 +91,17 @@ def with_progress(
 
 
 def shards(batches: Iterator[list[ExampleResult]]) -> Iterator[list[ExampleResult]]:
-    """Joins batches of results until they are worth a shard."""
+    """Joins batches of results until they are worth a shard; the later, the more."""
     held: list[ExampleResult] = []
-    values, since = 0, time.monotonic()
+    values, since, made = 0, time.monotonic(), 0
     for batch in batches:
         held += batch
         values += sum(s.singular_values.size for result in batch for s in result.spectra)
-        full = values > _FLUSH_VALUES or len(held) >= _FLUSH_ROWS
-        if full or time.monotonic() - since > _FLUSH_SECONDS:
+        growth = 2 ** (made // _FLUSH_DOUBLING)
+        full = values > _FLUSH_VALUES or len(held) >= growth * _FLUSH_ROWS
+        if full or time.monotonic() - since > growth * _FLUSH_SECONDS:
             yield held
+            made += 1
             held, values, since = [], 0, time.monotonic()
     if held:
         yield held

@@ -5,6 +5,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -73,7 +74,7 @@ def run(config: RunConfig) -> str | Path:
         log_unsplit(mesh, inputs.model)
 
         settings = number_settings(config, inputs, device.platform)
-        require_run(Directory(inputs.directory, RUN), settings, inputs.found.manifest)
+        _require_run(inputs, settings)
         _require_one_run(processes, settings, inputs, planned)
 
         # Sharded processes compute every batch together, independent ones take turns.
@@ -87,13 +88,7 @@ def run(config: RunConfig) -> str | Path:
             for position, t in enumerate(tokenized)
             if t.status != "ok" and position not in finished and processes.index == 0
         ]
-        logging.info(
-            "%d rows: %d finished before, %d to compute, %d not usable",
-            len(tokenized),
-            len(finished),
-            len(waiting),
-            sum(t.status != "ok" for t in tokenized),
-        )
+        _log_counts(inputs, len(waiting) if processes.count > 1 else None)
         if len(finished) < len(tokenized):
             log_first_example(tokenized, inputs.tokenizer)
             # Before anything is written: a run is replaced only by one whose model is sound.
@@ -122,6 +117,32 @@ def run(config: RunConfig) -> str | Path:
                 require_rows(store, [*(result.tokenized for result in unusable), *waiting])
         log_truncation(tokenized)
         return inputs.directory
+
+
+def _require_run(inputs: Inputs, settings: dict[str, Any]) -> None:
+    """Raises GradjaxError unless the store's run has these settings; models are said by name."""
+    manifest = inputs.found.manifest
+    if manifest and manifest["settings"].get("model") != settings["model"]:
+        there = manifest["settings"] | {
+            "model": f"{manifest['model']['source']}, {manifest['settings'].get('model')}"
+        }
+        manifest = manifest | {"settings": there}
+        settings = settings | {"model": f"{inputs.checkpoint.source}, {settings['model']}"}
+    require_run(Directory(inputs.directory, RUN), settings, manifest)
+
+
+def _log_counts(inputs: Inputs, here: int | None) -> None:
+    """Says what is to be done, in numbers that add up to the rows, and how much of it here."""
+    tokenized, finished = inputs.tokenized, inputs.finished
+    unusable = sum(t.status != "ok" for i, t in enumerate(tokenized) if i not in finished)
+    logging.info(
+        "%s rows: %s finished before, %s to compute%s, %s not usable",
+        f"{len(tokenized):,}",
+        f"{len(finished):,}",
+        f"{len(tokenized) - len(finished) - unusable:,}",
+        "" if here is None else f" ({here:,} of them here)",
+        f"{unusable:,}",
+    )
 
 
 def print_plan(config: RunConfig, topology: str | None = None) -> None:
