@@ -58,10 +58,30 @@ class Reading:
         pairs = (spec.partition("=") for spec in self.columns)
         return {name: column for name, _, column in pairs}
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What the texts of a row depend on; empty where they are found without being told."""
+        names = ("columns", "field", "response_marker")
+        values = {name: getattr(self, name) for name in names}
+        return {n: list(v) if n == "columns" else v for n, v in values.items() if v}
+
     def settings(self) -> dict[str, Any]:
         """What rows depend on, for a manifest; empty by default."""
-        values = dataclasses.asdict(self) | {"columns": list(self.columns), "strict": False}
-        return {name: value for name, value in values.items() if value}
+        revision = {"data_revision": self.data_revision} if self.data_revision else {}
+        return self.texts | revision
+
+    def inherit(self, before: "Reading", flag: str) -> "Reading":
+        """This, with the texts of an earlier reading of the same rows, unless told otherwise.
+
+        Raises:
+          GradjaxError: if it is told to read other texts.
+        """
+        if self.texts not in ({}, before.texts):
+            raise GradjaxError(
+                f"{flag} was read with {before.texts or 'no --columns, --field or marker'}, found "
+                f"{self.texts}: give the same, or leave them out"
+            )
+        return dataclasses.replace(before, data_revision=self.data_revision, strict=self.strict)
 
 
 @dataclasses.dataclass(frozen=True)

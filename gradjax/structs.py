@@ -43,18 +43,27 @@ Status = Literal[
 ]
 
 
+_EXTRA_TEXTS = ("tool_calls", "reasoning_content", "thinking")
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
     """One turn of a conversation; roles are `system`, `user`, `assistant` and `tool`."""
 
     role: str
     content: str
-    tool_calls: str = ""  # JSON of an assistant's, as its row has them
+    extra: str = ""  # JSON of what else a turn has, for chat templates
+
+    @property
+    def extra_texts(self) -> dict[str, Any]:
+        """What the turn says beside its content: tool calls and thoughts, by key."""
+        extra = json.loads(self.extra) if self.extra else {}
+        return {key: extra[key] for key in _EXTRA_TEXTS if extra.get(key)}
 
     def to_dict(self) -> dict[str, Any]:
         """The turn as chat templates and data sets have it."""
-        turn = {"role": self.role, "content": self.content}
-        return turn | {"tool_calls": json.loads(self.tool_calls)} if self.tool_calls else turn
+        extra = json.loads(self.extra) if self.extra else {}
+        return {**extra, "role": self.role, "content": self.content}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -126,7 +127,7 @@ def test_conversations_show_their_last_answer():
         ({"text": "### Q: q ### A: a"}, "the row is one 'text'"),
         ({"prompt": "q", "completion": 5}, "'completion' is a int"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "'history' is no list of"),
-        ({"chosen": "a", "rejected": "b"}, "'chosen' is a text, and the row has no prompt"),
+        ({"chosen": "a", "rejected": "b"}, "'chosen' is an answer, and the row has no prompt"),
         (
             {"messages": turns(("user", [{"type": "image", "url": "x"}]), ("assistant", "a"))},
             "turn 1 of 'messages' holds a part that is no text ('image')",
@@ -193,6 +194,7 @@ ROW = {
         ({"columns": ["output=Reply"]}, "i", "y", {"instruction", "Reply"}),
         ({"columns": ["instruction=prompt", "output=Reply"]}, "p", "y", {"prompt", "Reply"}),
         ({"field": "chosen"}, "p", "c", {"prompt", "chosen"}),
+        ({"columns": ["chosen=Reply"]}, "p", "y", {"prompt", "Reply"}),
         ({"field": "rejected"}, "p", "r", {"prompt", "rejected"}),
         ({"response_marker": "### A:"}, "### Q:\nq ### A:\nx\n### A:", "a", {"text"}),
     ],
@@ -208,6 +210,7 @@ def test_a_row_is_read_as_it_is_asked_for(options, instruction, output, used):
     [
         ({"columns": ["output=answer"]}, "'answer', which --columns names, is missing (found 'id'"),
         ({"response_marker": "### Z:"}, "does not hold --response_marker='### Z:'"),
+        ({"columns": ["input=chosen", "text=prompt"]}, "'prompt', which --columns names as text"),
     ],
 )
 def test_what_is_asked_for_and_not_there_is_said(options, reason):
@@ -255,6 +258,50 @@ def test_earlier_and_tool_turns_are_kept():
         "content": "",
         "tool_calls": call,
     }
+
+
+def test_what_templates_may_want_of_a_turn_is_kept():
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "why", "name": None}
+    row = {"messages": [{"role": "user", "content": "q"}, turn]}
+    message = to_example(row, "g", 0).messages[1]
+    assert message.to_dict() == {"role": "assistant", "content": "a", "reasoning_content": "why"}
+    assert message.extra_texts == {"reasoning_content": "why"}
+
+
+def test_what_belongs_to_the_question_is_read_in_every_form():
+    beside = {"input": "x", "history": [["q1", "a1"]], "system": "s"}
+    for answer in ({"output": "a"}, {"response": "a"}, {"chosen": "a", "rejected": "b"}):
+        example = to_example({"instruction": "q", **beside, **answer}, "g", 0)
+        assert [m.content for m in example.messages] == ["s", "q1", "a1", "q\nx", "a"]
+        assert set(example.ignored) <= {"rejected"}
+    # Column stores and CSV have empty ones.
+    row = {"instruction": "q", "output": "a", "history": "", "input": None, "system": ""}
+    example = to_example(row, "g", 0)
+    assert (example.status, example.instruction) == ("ok", "q")
+
+
+def test_lists_may_be_arrays_as_pandas_has_them():
+    turns = np.array([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    assert to_example({"messages": turns}, "g", 0).output == "a"
+    call = {"role": "assistant", "content": None, "tool_calls": np.array([{"name": "f"}])}
+    example = to_example({"messages": [turns[0], call]}, "g", 0)
+    assert example.messages[1].extra_texts == {"tool_calls": [{"name": "f"}]}
+    for odd in ({(1, 2): 3}, float("nan")):
+        call = {"role": "assistant", "content": "a", "tool_calls": [odd]}
+        assert to_example({"messages": [turns[0], call]}, "g", 0).status in ("ok", "invalid_row")
+    circular: list = []
+    circular.append(circular)
+    call = {"role": "assistant", "content": "a", "tool_calls": circular}
+    example = to_example({"messages": [turns[0], call]}, "g", 0)
+    assert example.status == "invalid_row"
+    assert "is no JSON" in example.reason
+
+
+def test_only_columns_that_hold_something_and_were_not_read_are_ignored():
+    row = {"instruction": "q", "input": None, "output": "a", "id": 3, "note": float("nan")}
+    assert to_example(row, "g", 0).ignored == ("id",)
+    row = {"instruction": "ctx", "messages": turns(("user", "q"), ("assistant", "a"))}
+    assert to_example(row, "g", 0).ignored == ("instruction",)
 
 
 @pytest.mark.parametrize("output", ["", " \n\t", "\u2028"])

@@ -247,6 +247,20 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, base, change, expe
     assert expected in message(tmp_path, base | change)
 
 
+def test_odd_spellings_of_gemma_3_are_refused(tmp_path):
+    gemma = {"architectures": ["Gemma3ForCausalLM"]}
+    for local in (5, "x", [1]):
+        text = message(tmp_path, gemma | {"rope_parameters": {"sliding_attention": local}})
+        assert "rope_parameters" in text
+    assert "sliding_window is null" in message(tmp_path, gemma | {"sliding_window": None})
+
+
+def test_layer_types_of_mistral_mean_nothing_as_in_transformers(tmp_path):
+    mistral = {"architectures": ["MistralForCausalLM"], "num_hidden_layers": 2}
+    kinds = {"layer_types": ["full_attention"] * 2}
+    assert read(tmp_path, mistral | kinds).windows == (4096, 4096)
+
+
 def test_all_faults_are_named_at_once(tmp_path):
     text = message(
         tmp_path, LLAMA | {"mlp_bias": True, "vocab_size": None, "a_new_idea": 1, "hidden_size": 0}

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gradjax.checkpoints.hf_config import read_config
@@ -275,6 +276,17 @@ def test_weights_hash_is_of_config_and_safetensors(sharded):
     assert weights_hash(sharded) == before
     edit_named(shard_of(sharded, Q), Q, torch.ones(36, 36))
     assert weights_hash(sharded) != before
+
+
+def test_weights_hash_is_of_what_is_read_whatever_its_name(tied):
+    file, index = tied / "weights-1.safetensors", {"weight_map": {}}
+    (tied / SINGLE).rename(file)
+    with safe_open(file, "np") as opened:
+        index["weight_map"] = dict.fromkeys(opened.keys(), file.name)
+    (tied / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = weights_hash(tied)
+    edit_named(file, Q, torch.ones(36, 36))
+    assert weights_hash(tied) != before
 
 
 _MEASURE = """

@@ -516,6 +516,23 @@ def test_later_shards_are_larger(monkeypatch):
     assert len(sizes) < 300
 
 
+def test_what_was_not_read_and_what_is_beyond_the_model_is_said_and_recorded(tmp_path, caplog):
+    model = shutil.copytree(resolve("demo").directory, tmp_path / "short")
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace(": 4096", ": 16"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row | {"id": 1, "meta": {}}) for row in ROWS[:3]))
+    with caplog.at_level("INFO"):
+        directory = run(config(tmp_path / "run", data=(str(path),), model=str(model), limit=None))
+    said = read_manifest(directory)["data"]["rows"]
+    assert said["ignored_columns"] == ["id", "meta"]
+    assert said["rows_beyond_positions"] == 2
+    assert "rows: columns that are not read: id, meta" in caplog.text
+    assert "rows: 2 rows have more tokens than the 16 positions" in caplog.text
+    assert "--max_length=16 cuts them" in caplog.text
+    assert "rows: not usable are 1 empty_response (row 1: the response in turn 2" in caplog.text
+
+
 def test_counts_add_up(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, ROWS[:3])))

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import gradjax
-from gradjax.config import RunConfig, TokenConfig
+from gradjax.config import Reading, RunConfig, TokenConfig
 from gradjax.errors import GradjaxError
 from gradjax.runs.run import run
 from gradjax.score import run as score_run
@@ -160,6 +160,25 @@ def test_other_settings_are_refused(rows, tmp_path):
 
 
 @pytest.mark.smoke
+def test_scores_of_other_texts_of_the_same_rows_are_not_reused(tmp_path):
+    answers = {"chosen": "five", "rejected": "6. 7"}
+    rows = [{"prompt": f"How many are {i} + 3?", **answers} for i in (2, 3)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def scored(field: str, **changes) -> pd.DataFrame:
+        asked = ScoreConfig(
+            ("ifd",), (str(path),), tmp_path / "out", ifd_model="demo", reading=Reading(field=field)
+        )
+        return table(Path(score(dataclasses.replace(asked, **changes))))
+
+    chosen = scored("chosen")
+    with pytest.raises(GradjaxError, match=r"other settings: reading \("):
+        scored("rejected")
+    rejected = scored("rejected", overwrite=True)
+    assert (chosen.ifd != rejected.ifd).all()
+
+
 def test_a_runs_statistics_come_along(gradients, tmp_path):
     only_o = ScoreConfig(run=str(gradients), output_dir=tmp_path, layers="0-1", projections=("o",))
     found = table(Path(score(only_o))).set_index(["group", "example_id"])

@@ -216,7 +216,20 @@ def test_csv_rows_are_texts_by_name_and_ragged_ones_keep_their_place(tmp_path):
 def test_arrays_are_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(readers, "_CHUNK", chunk)
     path = tmp_path / "x.json"
-    values = [{"a": [1.5, -2e-7, None]}, 123456, "é\n😀\\", [], {}, True, False, None, -1]
+    values = [
+        {"a": [1.5, -2e-7, None]},
+        1.5,
+        -2.5e-07,
+        1e300,
+        123456,
+        "é\n😀\\",
+        [],
+        {},
+        True,
+        False,
+        None,
+        -1,
+    ]
     for text in (json.dumps(values), json.dumps(values, indent=3, ensure_ascii=False)):
         path.write_text(f" {text}\n ", "utf-8")
         assert read(path) == values
@@ -238,6 +251,11 @@ def test_files_of_a_group_are_read_one_after_another(tmp_path):
     assert read_rows(source) == [{"a": 3}, {"a": 1}, {"a": 2}]
     assert read_rows(Source("g", source.absolute)) == read_rows(source)
     assert parse_data_flags([str(tmp_path / "part-00003.jsonl.zst")])[0].group == "part-00003"
+    for others in ("gone", "org/name", str(tmp_path / "README.txt")):
+        with pytest.raises(GradjaxError, match="is no data file, folder or glob"):
+            read_rows(Source("g", f"{tmp_path}/part-00001.json,{others}"))
+    with pytest.raises(GradjaxError, match=r"names \S+part-00000\.jsonl twice"):
+        read_rows(Source("g", f"{tmp_path}/part-*,{tmp_path}/part-00000.jsonl"))
     with pytest.raises(GradjaxError, match=r"gone-\* holds no data files"):
         read(tmp_path / "gone-*")
     with pytest.raises(GradjaxError, match=r"no file .*gone\.json"):
@@ -260,6 +278,9 @@ def test_rows_of_an_object_store():
     assert read("memory://bucket/rows") == [{"a": 1}, {"a": 2}]
     with pytest.raises(GradjaxError, match=r"memory://bucket/rows/c\.json"):
         read("memory://bucket/rows/c.json")
+    for url in ("nonsense://x/rows", "nonsense://x/rows.jsonl"):
+        with pytest.raises(GradjaxError, match=r"nonsense://x/rows.* cannot be"):
+            read(url)
 
 
 def test_what_a_manifest_says_of_a_source_reads_it_again(tmp_path):

@@ -308,6 +308,77 @@ def test_a_template_that_drops_a_system_message_makes_an_invalid_row():
     assert "the system's text in turn 1" in result.reason
 
 
+CHATML = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+TOOLS = CHATML.replace(
+    "m.content", "(m.content or '') + (m.tool_calls | tojson if m.tool_calls else '')"
+)
+THINKS = CHATML.replace("m.content", "(m.reasoning_content or '') + m.content")
+ASKED = {"role": "user", "content": "q"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+THOUGHT = {"role": "assistant", "content": "a", "reasoning_content": "because"}
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "said"),
+    [
+        (TOOLS, CALL, '[{"name": "add"}]<|im_end|>'),
+        (CHATML, CALL, "the chat template drops the tool calls of turn 2"),
+        (THINKS, THOUGHT, "becausea<|im_end|>"),
+        (CHATML, THOUGHT, "drops or changes some of the assistant's text in turn 2"),
+    ],
+)
+def test_tool_calls_and_thoughts_are_measured_or_the_row_is_invalid(template, turn, said):
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = template
+    example = to_example({"messages": [ASKED, turn]}, "g", 0)
+    result = tokenize(example, tokenizer, CHAT)
+    if result.status == "ok":
+        assert target_texts(result, tokenizer) == [said]
+    else:
+        assert said in result.reason
+    assert "have no plain form" in tokenize(example, tokenizer, TokenConfig()).reason
+
+
+def test_what_a_tool_says_must_be_there_quoted_or_not():
+    tokenizer = make_tokenizer("qwen2")
+    tool = {"role": "tool", "content": 'five "5"\n'}
+    rows = {
+        "messages": [
+            ASKED,
+            {"role": "assistant", "content": "?"},
+            tool,
+            THOUGHT | {"reasoning_content": None},
+        ]
+    }
+    quoted = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content)")
+    for template, status in (
+        (CHATML, "ok"),
+        (quoted, "ok"),
+        (CHATML.replace("{{ '<", "{{ '' if m.role == 'tool' else '<"), "invalid_row"),
+    ):
+        tokenizer.chat_template = template
+        assert tokenize(to_example(rows, "g", 0), tokenizer, CHAT).status == status
+
+
+def test_a_text_that_stands_in_another_one_is_not_enough():
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = R1_TEMPLATE  # knows no system turn
+    result = tokenize(chat("Be brief. q", "yo", system="Be brief."), tokenizer, CHAT)
+    assert result.status == "invalid_row"
+
+
+def test_a_template_that_fails_makes_an_invalid_row():
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = CHATML.replace(
+        "m.role", "m.role + ('' if m.content != 'hi' else 1 // 0)"
+    )
+    assert "refuses the conversation" in tokenize(chat("hi", "yo"), tokenizer, CHAT).reason
+    assert tokenize(chat("ho", "yo"), tokenizer, CHAT).status == "ok"
+
+
 def test_a_thought_that_the_prompt_opens_and_the_turn_keeps_is_usable():
     tokenizer = make_tokenizer("qwen2")
     tokenizer.chat_template = R1_TEMPLATE.replace('.split("</think>")[-1]', "")

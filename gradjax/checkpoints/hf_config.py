@@ -237,6 +237,7 @@ _FAMILIES = {
             "sliding_window": 4096,
         },
         windowed=_all_layers,
+        ignored=frozenset({"layer_types"}),
     ),
     "OlmoForCausalLM": _Family(
         "olmo", _OLMO | {"clip_qkv": None}, {"norm": "layer", "norm_eps": 1e-5}
@@ -437,6 +438,9 @@ def _window_rope(a: Attributes) -> float:
     if not isinstance(by_kind, dict) or "sliding_attention" not in by_kind:
         return a.number("rope_local_base_freq")
     local = by_kind["sliding_attention"] or {}
+    if not isinstance(local, dict):
+        a.refuse("rope_parameters", "an object of objects")
+        local = {}
     a.values = a.values | {"rope_parameters": by_kind.get("full_attention")}
     rope = Attributes(local, {"rope_type": "default"}, prefix="rope_parameters.sliding_attention.")
     theta = rope.number("rope_theta")
@@ -500,7 +504,10 @@ def _windows(a: Attributes, family: _Family, num_layers: int) -> tuple[int | Non
     windowed = family.windowed(a, num_layers)
     if not any(windowed):
         window = None
-    if (kinds := a.get("layer_types")) is not None:
+    if window is None and "rope_local_base_freq" in family.defaults:
+        a.refuse("sliding_window", "a positive integer")
+    kinds = None if "layer_types" in family.ignored else a.get("layer_types")
+    if kinds is not None:
         allowed = ["full_attention"] + ["sliding_attention"] * (window is not None)
         if (
             isinstance(kinds, list)

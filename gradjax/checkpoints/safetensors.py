@@ -172,14 +172,15 @@ def stored_dtype(directory: Path) -> np.dtype:
 def weights_hash(directory: Path, known: Mapping[str, str] | None = None) -> str:
     """What identifies a checkpoint: SHA-256 of its config.json and safetensors files.
 
-    The hex digest of the lines that `sha256sum config.json model*.safetensors` prints there.
+    The hex digest of the lines that `sha256sum config.json FILES` prints there, of the files that
+    `load_decoder` reads, by name.
 
     Args:
       known: digests of all safetensors files by name, where they need not be read for them.
     """
     directory = Path(directory)
     if known is None:
-        known = {path.name: _digest(path) for path in directory.glob("model*.safetensors")}
+        known = {path.name: _digest(path) for path in _checkpoint_files(directory)[0]}
     digests = {"config.json": _digest(directory / "config.json")} | dict(sorted(known.items()))
     lines = (f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -187,9 +188,9 @@ def weights_hash(directory: Path, known: Mapping[str, str] | None = None) -> str
 
 def _digest(path: Path) -> str:
     """A file's SHA-256. The Hub's cache names large files by theirs."""
-    name = path.resolve().name
-    if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name):
-        return name
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from gradjax.config import Reading
 from gradjax.data.readers import BadRow
 from gradjax.data.sources import row_hash
@@ -54,28 +56,46 @@ class _Fields:
         self.keys = {key.lower(): key for key in row if isinstance(key, str)}
         self.used: set[object] = set()
 
+    def has(self, *names: str) -> bool:
+        """Whether the fields are there, not null and, as pandas says it, not NaN."""
+        return all(self._find(name)[1] is not None for name in names)
+
     def get(self, name: str) -> Any:
-        """A field's value; None where it is absent, null or, as pandas says it, NaN."""
-        key = self.names.get(name, name)
-        if key not in self.row:
-            if name in self.names:
-                raise _InvalidRowError(
-                    f"the field {_quote(key)}, which --columns names, is missing (found "
-                    f"{self.found()})"
-                )
-            key = self.keys.get(name)
-        if key is None or _is_absent(value := self.row[key]):
-            return None
-        self.used.add(key)
+        """A field's value, which is used then; None where it is absent, null or NaN."""
+        key, value = self._find(name)
+        if value is not None:
+            self.used.add(key)
         return value
 
     def text(self, name: str) -> str | None:
         """A field that is a string, if it is there."""
-        return None if (value := self.get(name)) is None else _text(value, f"the field '{name}'")
+        return None if (value := self.get(name)) is None else _field(value, name)
 
     def found(self) -> str:
         """The row's keys, for a message."""
         return ", ".join(_quote(key) for key in list(self.row)[:8]) or "no fields"
+
+    def require_named(self) -> None:
+        """Raises where a field that --columns names is there and was not used."""
+        for name, key in self.names.items():
+            if key not in self.used and not _is_absent(self.row.get(key)):
+                raise _InvalidRowError(
+                    f"the field {_quote(key)}, which --columns names as {name}, has no place "
+                    "beside the others that are read"
+                )
+
+    def _find(self, name: str) -> tuple[object, Any]:
+        key = self.names.get(name)
+        if key is not None and key not in self.row:
+            raise _InvalidRowError(
+                f"the field {_quote(key)}, which --columns names, is missing (found {self.found()})"
+            )
+        if key is None:
+            key = name if name in self.row else self.keys.get(name)
+        value = None if key is None else self.row[key]
+        if isinstance(value, np.ndarray):  # as pandas has lists
+            value = value.tolist()
+        return key, None if _is_absent(value) else value
 
 
 def to_example(row: object, group: str, example_id: int, reading: Reading | None = None) -> Example:
@@ -99,6 +119,7 @@ def to_example(row: object, group: str, example_id: int, reading: Reading | None
         reading = reading or Reading()
         fields = _Fields(row, reading.names)
         messages = _messages(fields, reading)
+        fields.require_named()
     except _InvalidRowError as error:
         return Example(group, example_id, digest, status="invalid_row", reason=str(error))
 
@@ -106,7 +127,7 @@ def to_example(row: object, group: str, example_id: int, reading: Reading | None
     blank = [
         i
         for i, message in enumerate(messages, start=1)
-        if message.role == "assistant" and not (message.content.strip() or message.tool_calls)
+        if message.role == "assistant" and not (message.content.strip() or message.extra_texts)
     ]
     return Example(
         group,
@@ -115,7 +136,7 @@ def to_example(row: object, group: str, example_id: int, reading: Reading | None
         instruction=_instruction(messages[:last]),
         output=messages[last].content,
         messages=messages,
-        ignored=_ignored(tuple(map(_name, row)), frozenset(map(_name, fields.used))),
+        ignored=_ignored(tuple(_name(key) for key in row if key not in fields.used), _absent(row)),
         status="empty_response" if blank else "ok",
         reason=f"the response in turn {blank[0]} is empty or only whitespace" if blank else "",
     )
@@ -129,27 +150,24 @@ def is_single_turn(messages: tuple[Message, ...]) -> bool:
 
 def _messages(fields: _Fields, reading: Reading) -> tuple[Message, ...]:
     """The turns of a row. One may carry several forms: what flags ask for comes first."""
-    if reading.response_marker and (text := fields.text(reading.field or "text")) is not None:
-        return _with_system(fields, _marked(text, reading.response_marker))
+    if reading.response_marker and fields.has(name := reading.field or "text"):
+        marked = _marked(fields.text(name) or "", reading.response_marker)
+        return _with_system(fields, marked)
     if reading.field:
         return _preference(fields, reading.field)
-    named = [name for name in _CONVERSATIONS if name in fields.names]
     # Column stores fill forms that a row does not have with null.
-    if not named and None not in (fields.get("instruction"), fields.get("output")):
-        return _pair(fields, "instruction", "output")
-    for name in named or _CONVERSATIONS:
-        if (turns := fields.get(name)) is not None:
-            return _with_system(fields, _conversation(turns, name))
-    for names in _PAIRS:
-        if all(fields.get(name) is not None for name in names):
-            return _pair(fields, *names)
-    if fields.get("chosen") is not None:
+    forms = [("instruction", "output"), *((name,) for name in _CONVERSATIONS), *_PAIRS, ("chosen",)]
+    forms.sort(key=lambda names: not any(name in fields.names for name in names))
+    form = next((names for names in forms if fields.has(*names)), None)
+    if form == ("chosen",):
         return _preference(fields, "chosen")
-    if fields.get("text") is not None and fields.get("instruction") is None:
+    if form and len(form) == 1:
+        return _with_system(fields, _conversation(fields.get(form[0]), form[0]))
+    if form is None and fields.has("text") and not fields.has("instruction"):
         raise _InvalidRowError(
             "the row is one 'text': say what its response comes after with --response_marker"
         )
-    return _pair(fields, "instruction", "output")
+    return _pair(fields, *(form or forms[0]))
 
 
 def _pair(fields: _Fields, question: str, answer: str) -> tuple[Message, ...]:
@@ -158,18 +176,23 @@ def _pair(fields: _Fields, question: str, answer: str) -> tuple[Message, ...]:
             raise _InvalidRowError(
                 f"the field '{name}' is missing (found {fields.found()}), {_EXPECTED}"
             )
-    asked, answered = fields.get(question), fields.get(answer)
-    if question == "prompt" and isinstance(asked, list | tuple):  # as TRL has them
-        asked = _turns(asked, question)
-        if isinstance(answered, list | tuple):
-            return _checked((*asked, *_turns(answered, answer)), answer)
-        return _checked((*asked, Message("assistant", _field(answered, answer))), answer)
-    text = _field(asked, question)
-    if question == "instruction":
+    asked, answered = _asked(fields, question), fields.get(answer)
+    if question == "prompt" and isinstance(answered, list | tuple):  # as TRL has them
+        return _with_system(fields, _checked((*asked, *_turns(answered, answer)), answer))
+    turns = (*asked, Message("assistant", _field(answered, answer)))
+    return _with_system(fields, _checked(turns, answer))
+
+
+def _asked(fields: _Fields, name: str) -> tuple[Message, ...]:
+    """A question with what belongs to it, or, in `prompt`, the turns before the answer."""
+    asked = fields.get(name)
+    if name == "prompt" and isinstance(asked, list | tuple):
+        return _turns(asked, name)
+    text = _field(asked, name)
+    if name == "instruction":
         extra = fields.text("input") or fields.text("context")
         text += "\n" + extra if extra else ""
-    turns = (Message("user", text), Message("assistant", _field(answered, answer)))
-    return _with_system(fields, (*_history(fields.get("history")), *turns))
+    return (*_history(fields.get("history")), Message("user", text))
 
 
 def _field(value: object, name: str) -> str:
@@ -178,7 +201,7 @@ def _field(value: object, name: str) -> str:
 
 def _history(turns: object) -> tuple[Message, ...]:
     """Alpaca's earlier turns: a list of [question, answer]."""
-    if turns is None:
+    if turns is None or turns in ("", "[]"):  # as CSV has none
         return ()
     if not isinstance(turns, list | tuple) or not all(
         isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns
@@ -201,27 +224,21 @@ def _with_system(fields: _Fields, messages: tuple[Message, ...]) -> tuple[Messag
 
 def _preference(fields: _Fields, name: str) -> tuple[Message, ...]:
     """`chosen` or `rejected`: an answer to the prompt, or the conversation that ends in it."""
-    answer, prompt = fields.get(name), fields.get("prompt")
-    if prompt is None:
-        prompt = fields.get("instruction") or fields.get("question")
+    answer = fields.get(name)
+    turns: tuple[Message, ...]
     if isinstance(answer, list | tuple):
         turns = _turns(answer, name)
         if turns and turns[0].role != "assistant":
             return _with_system(fields, _checked(turns, name))
-        return _with_system(fields, _checked((*_asked(prompt), *turns), name))
-    if answer is not None and prompt is None:
+    else:
+        turns = (Message("assistant", _field(answer, name)),)
+    prompts = [prompt for prompt in ("prompt", "instruction", "question") if fields.has(prompt)]
+    if not prompts:
         raise _InvalidRowError(
-            f"'{name}' is a text, and the row has no prompt: say what its response comes after "
-            "with --response_marker"
+            f"'{name}' is an answer, and the row has no prompt: say with --columns=prompt=COLUMN "
+            "where it is, or with --response_marker what the answer in a text comes after"
         )
-    turns = (*_asked(prompt), Message("assistant", _field(answer, name)))
-    return _with_system(fields, _checked(turns, name))
-
-
-def _asked(prompt: object) -> tuple[Message, ...]:
-    if isinstance(prompt, list | tuple):
-        return _turns(prompt, "prompt")
-    return (Message("user", _field(prompt, "prompt")),)
+    return _with_system(fields, _checked((*_asked(fields, prompts[0]), *turns), name))
 
 
 def _marked(text: str, marker: str) -> tuple[Message, ...]:
@@ -265,17 +282,36 @@ def _turn(turn: object, where: str) -> Message:
     role = turn[role_field]
     if not isinstance(role, str) or role not in _ROLES:
         raise _InvalidRowError(f"{where} has the unknown role {_quote(role)}")
-    content, calls = turn[text_field], turn.get("tool_calls")
-    if calls and content is None:
+    content = turn[text_field]
+    extra = {
+        key: value
+        for key, value in turn.items()
+        if isinstance(key, str) and key not in (role_field, text_field) and not _is_absent(value)
+    }
+    if content is None and "tool_calls" in extra:
         content = ""
-    if isinstance(content, list | tuple):
+    if isinstance(content, list | tuple | np.ndarray):
         content = "".join(_part(part, where) for part in content)
     text = _text(content, f"the field '{text_field}' of {where}")
-    return Message(_ROLES[role], text, json.dumps(calls, default=str) if calls else "")
+    return Message(_ROLES[role], text, _json(extra, where) if extra else "")
+
+
+def _json(extra: Mapping[str, object], where: str) -> str:
+    try:
+        return json.dumps(extra, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _InvalidRowError(f"{where} holds what is no JSON: {error}") from error
+
+
+def _plain(value: object) -> object:
+    """NumPy's arrays and numbers, which pandas rows hold, as Python's; else as text."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def _part(part: object, where: str) -> str:
     """A text part of a message, as multimodal chat formats write it."""
+    if isinstance(part, str):
+        return _text(part, f"a part of {where}")
     if not isinstance(part, Mapping) or part.get("type", "text") != "text":
         kind = part.get("type") if isinstance(part, Mapping) else part
         raise _InvalidRowError(f"{where} holds a part that is no text ({_quote(kind)})")
@@ -301,10 +337,14 @@ def _instruction(messages: tuple[Message, ...]) -> str:
     return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
-@lru_cache(maxsize=64)
-def _ignored(keys: tuple[str, ...], used: frozenset[str]) -> tuple[str, ...]:
-    """Columns that were not read; rows of one form share one tuple."""
-    return tuple(key for key in keys if key not in used)
+@lru_cache(maxsize=256)
+def _ignored(unread: tuple[str, ...], absent: frozenset[str]) -> tuple[str, ...]:
+    """Columns that were not read but for empty ones; rows of one form share one tuple."""
+    return tuple(key for key in unread if key not in absent)
+
+
+def _absent(row: Mapping[Any, Any]) -> frozenset[str]:
+    return frozenset(_name(key) for key, value in row.items() if _is_absent(value))
 
 
 def _name(key: object) -> str:

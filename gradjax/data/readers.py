@@ -13,7 +13,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -26,6 +25,7 @@ from gradjax.storage.filesystem import url_to_fs
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _CHUNK = 1 << 20  # bytes or characters read at once
 _SPACE = re.compile(r"[ \t\r\n]*")
+_NUMBER_TAIL = re.compile(r"[.eE+-]*")
 _BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
@@ -122,12 +122,14 @@ def _read_json(file: io.BufferedReader, path: str) -> Iterator[object]:
 def _read_objects(file: io.BufferedReader) -> Iterator[object]:
     """JSON Lines, if the first line is a whole object and others follow."""
     first = file.readline()
-    with suppress(ValueError):
+    try:
         _parse_json(first)
-        if file.peek(1).strip(_BLANK):
-            yield from _json_lines(itertools.chain([first], file))
-            return
-    raise _no_list(_parse_json(first + file.read()))
+        whole = bool(file.peek(1).strip(_BLANK))
+    except ValueError:
+        whole = False
+    if not whole:
+        raise _no_list(_parse_json(first + file.read()))
+    yield from _json_lines(itertools.chain([first], file))
 
 
 def _no_list(value: object) -> "_NoListError":
@@ -190,8 +192,8 @@ class _Text:
                 if self.ended:
                     raise self.fault(error.msg, error.pos) from None
             else:
-                # What ends the buffer may go on: 12 of 123.
-                if end < len(self.buffer) or self.ended:
+                # A number that ends the buffer may go on: 12 of 123, 1 of 1.5e-3.
+                if self.ended or not _NUMBER_TAIL.fullmatch(self.buffer, end):
                     self.at = end
                     return value
             self.more()

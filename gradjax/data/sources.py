@@ -185,8 +185,16 @@ def _rows(source: Source, limit: int | None) -> Iterable[object]:
         return demo_rows(source.group)
     if dataset := DATASETS.get(source.location):
         return registered_rows(dataset, _fetch(dataset))
-    parts = _parts(source.location)
-    files = [file for part in parts for file in _files(part)]
+    parts = {part: _files(part) for part in _parts(source.location)}
+    files = list(itertools.chain.from_iterable(parts.values()))
+    if len(parts) > 1 and (none := [part for part, found in parts.items() if not found]):
+        raise GradjaxError(
+            f"--data={source.location}: {none[0]} is no data file, folder or glob; only such go "
+            "together in one group, with commas between"
+        )
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise GradjaxError(f"--data={source.location} names {twice} twice: each row counts once")
     if files:
         read = partial(read_file, strict=source.reading.strict)
         return itertools.chain.from_iterable(map(read, files))
@@ -203,11 +211,9 @@ def _files(part: str) -> list[str]:
     path = part if "://" in part else os.path.expanduser(part)
     # os.path answers False where pathlib raises: names too long, folders that may not be read.
     if "://" in path:
-        filesystem, inner = url_to_fs(path)
-        pattern = inner if _is_glob(inner) else f"{inner.rstrip('/')}/*"
-        if is_data_file(path) and not _is_glob(inner):
+        if is_data_file(path) and not _is_glob(path):
             return [path]
-        found = [filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
+        found = _listed(path)
     elif os.path.isdir(path):
         if _is_saved(pathlib.Path(path)):
             return []
@@ -228,6 +234,21 @@ def _files(part: str) -> list[str]:
         raise GradjaxError(f"{path} holds no data files: expected {_FORMATS}.")
     _require_every_shard([pathlib.PurePosixPath(file) for file in files])
     return files
+
+
+def _listed(url: str) -> list[str]:
+    """What lies under a URL, or fits it as a glob."""
+    try:
+        filesystem, inner = url_to_fs(url)
+        pattern = inner if _is_glob(inner) else f"{inner.rstrip('/')}/*"
+        return [filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
+    except GradjaxError:
+        raise
+    except Exception as error:  # each filesystem has errors of its own
+        raise GradjaxError(
+            f"{url} cannot be listed ({first_line(error)}): check the URL, and keys and endpoint "
+            "in the environment."
+        ) from error
 
 
 def _fetch(dataset: RegisteredDataset) -> pathlib.Path:

@@ -8,10 +8,11 @@ the paper's code and in usual training code. It cannot move the loss: where a tu
 ends is known from the rendering, not searched for in the text.
 """
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
@@ -103,6 +104,10 @@ def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
         raise _UnusableError(
             f"{len(example.messages)} turns have no plain form; --prompt_format=chat takes them"
         )
+    if any(message.extra_texts for message in example.messages):
+        raise _UnusableError(
+            "tool calls and thoughts of a turn have no plain form; --prompt_format=chat takes them"
+        )
     prompt = example.instruction + "\n"
     tokens = np.asarray(_encode(tokenizer, prompt + example.output).input_ids, np.int32)
     appended = _encode(tokenizer, prompt, return_special_tokens_mask=True)["special_tokens_mask"]
@@ -162,10 +167,15 @@ def _assistant_spans(
                 "before it, so its tokens cannot be told apart"
             )
         _require_contents(messages[first:i], first, text[seen:start])
-        if message.content.strip() not in through[start:]:
+        turn = through[start:]
+        if message.content.strip() not in turn:
             # It may begin with what the generation prompt ends in ("<think>").
-            shared = _shared_length(_render(messages[:i], tokenizer), through)
-            _require_contents((message,), i, through[shared:])
+            turn = through[_shared_length(_render(messages[:i], tokenizer), through) :]
+        _require_contents((message,), i, turn)
+        if "tool_calls" in message.extra_texts:
+            calls = dataclasses.replace(message, extra="")
+            if _render((*messages[:i], calls), tokenizer) == through:
+                raise _UnusableError(f"the chat template drops the tool calls of turn {i + 1}")
         stripped = through.rstrip()
         spans.append((start, len(stripped if stripped.endswith(special) else through)))
         seen, first = len(through), i + 1
@@ -194,13 +204,20 @@ def _shared_length(one: str, other: str) -> int:
 
 def _require_contents(messages: tuple[Message, ...], first: int, rendered: str) -> None:
     """A template that leaves out part of a turn would have the rest measured in its place."""
+    at = 0  # texts stand in their order
     for number, message in enumerate(messages, start=first + 1):
-        # What a tool says, some templates quote.
-        if message.role != "tool" and message.content.strip() not in rendered:
-            raise _UnusableError(
-                f"the chat template drops or changes some of the {message.role}'s text in turn "
-                f"{number}"
-            )
+        thoughts = [text for text in message.extra_texts.values() if isinstance(text, str)]
+        for text in (*thoughts, message.content):
+            found = rendered.find(text.strip(), at)
+            if found < 0 and message.role == "tool":  # which some templates quote
+                text = json.dumps(text, ensure_ascii=False)[1:-1]
+                found = rendered.find(text.strip(), at)
+            if found < 0:
+                raise _UnusableError(
+                    f"the chat template drops or changes some of the {message.role}'s text in "
+                    f"turn {number}"
+                )
+            at = found + len(text.strip())
 
 
 def _render(
@@ -215,7 +232,7 @@ def _render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template may do anything
         raise _UnusableError(f"the chat template refuses the conversation: {error}") from error
     return str(text)
 

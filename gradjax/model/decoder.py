@@ -147,7 +147,7 @@ def embed(config: DecoderConfig, table: Float[Array, "_ D"], tokens: Int[Array, 
 
 def norm(config: DecoderConfig, x: Float[Array, "*B W"], block: Block, name: str) -> Array:
     """One of a block's norms; nothing where the family has none of that name."""
-    if not hasattr(block, name):
+    if name not in block_parameters(config, layer=0):
         return x
     return layers.normalize(config, x, getattr(block, name)[...])
 

@@ -141,7 +141,8 @@ def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
 
 def log_inputs(config: RunConfig, inputs: Inputs, mesh: Mesh) -> None:
     """The log's first line: what runs on what."""
-    weights = (math.prod(p.shape(inputs.model)) for p in all_parameters(inputs.model).values())
+    table = all_parameters(inputs.model).values()
+    weights = (math.prod(p.shape(inputs.model)) for p in table if p.hf_key)
     rows = ", ".join(f"{of['rows']:,} of {group}" for group, of in inputs.data.items())
     logging.info(
         "%s (%s), %s parameters in %s, on %d x %s; rows: %s; into %s",

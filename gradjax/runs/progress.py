@@ -17,8 +17,8 @@ from gradjax.structs import ExampleResult, TokenizedExample
 # more makes fewer files.
 _FLUSH_SECONDS = 10.0
 _FLUSH_VALUES = 16_000_000  # singular values held in memory
-# Shards after which they take twice as much: a kill costs a long run a fiftieth at most, and a
-# million rows make hundreds of files.
+# Shards after which they take twice as much: a kill costs a long run a thirtieth at most, and a
+# million rows whose values are few make hundreds of files.
 _FLUSH_DOUBLING = 64
 _FLUSH_ROWS = 256  # of a small model, whose values weigh less than the objects around them
 

@@ -66,7 +66,7 @@ def score(config: ScoreConfig) -> Path | str:
     place = ours.place
     of_run = _read_run(config, examples) if config.run else {}
     judge = make_judge(config)
-    families = asked_families(config, judge)
+    families = [_of_texts(family, data) for family in asked_families(config, judge)]
     _stale(ours, _manifest(ours)["families"], config, families)  # what is refused changes nothing
     with place.lock(0):
         if judge and config.judge_batch_results:
@@ -91,10 +91,10 @@ def plan(config: ScoreConfig) -> list[str]:
     Raises:
       GradjaxError: as `score`, as far as no model is loaded and nothing is asked.
     """
-    examples, _ = read_examples(config)
+    examples, data = read_examples(config)
     ours = Directory(config.output_dir, SCORES)
     judge = make_judge(config)
-    families = asked_families(config, judge)
+    families = [_of_texts(family, data) for family in asked_families(config, judge)]
     stale = _stale(ours, _manifest(ours)["families"], config, families)
     usable = {e.row_hash: e for e in examples if e.status == "ok"}
     lines = []
@@ -177,11 +177,29 @@ def read_tags(directory: str | Path) -> dict[str, int]:
 def _sources(config: ScoreConfig) -> list[tuple[Source, int | None]]:
     """Sources and how many rows of them; the run's own if none are given."""
     if config.data:
-        return [(s, config.limit) for s in parse_data_flags(config.data, config.reading)]
+        given = parse_data_flags(config.data, config.reading)
+        return [(_as_in_run(source, config.run), config.limit) for source in given]
     data = read_manifest(config.run or "")["data"]
     return [
         (Source.of_manifest(group, of), config.limit or of["rows"]) for group, of in data.items()
     ]
+
+
+def _as_in_run(source: Source, run: str | None) -> Source:
+    """The source with its texts read as the run read them."""
+    of = read_manifest(run)["data"].get(source.group) if run else None
+    if not of:
+        return source
+    before = Source.of_manifest(source.group, of).reading
+    return dataclasses.replace(source, reading=source.reading.inherit(before, f"--run={run}"))
+
+
+def _of_texts(family: Family, data: Mapping[str, Mapping[str, Any]]) -> Family:
+    """The family with how texts are read among its settings: rows are told apart by their hash."""
+    reading = {group: of["reading"] for group, of in data.items() if "reading" in of}
+    if not reading:
+        return family
+    return dataclasses.replace(family, settings={**family.settings, "reading": reading})
 
 
 def _manifest(directory: Directory) -> dict[str, Any]:

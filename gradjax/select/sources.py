@@ -12,7 +12,6 @@ import pandas as pd
 import pyarrow.dataset as ds
 from absl import logging
 
-from gradjax.config import Reading
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, read_rows
 from gradjax.errors import GradjaxError, did_you_mean
@@ -73,8 +72,8 @@ def read_scored(
             "name it with --data=GROUP=SOURCE"
         )
     for group, source in given.items():  # elsewhere, but read as it was when scored
-        untold = source.reading == Reading()
-        sources[group] = replace(source, reading=sources[group].reading) if untold else source
+        reading = source.reading.inherit(sources[group].reading, f"group {group!r} of --scores")
+        sources[group] = replace(source, reading=reading)
     if unlike_by := [name for name in by if name in unlike]:
         raise GradjaxError(
             f"--by={unlike_by[0]}: --scores={unlike[unlike_by[0]]} has other numbers of it than "
