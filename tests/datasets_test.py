@@ -322,7 +322,7 @@ def test_thinking_without_an_answer_is_no_response(tmp_path: Path):
     [
         ("rows.json", [{"text": "a"}], r"no usable row of magpie \(1 dropped as invalid_row"),
         ("rows.json", [], "holds no rows|no usable row"),
-        ("rows.csv", [], "unknown extension '.csv'"),
+        ("rows.txt", [], "unknown extension '.txt'"),
         ("missing.json", None, r"missing\.json is no copy of magpie: expected.*data/train-\*"),
         ("directory/README.md", [], r"directory is no copy of magpie"),
     ],

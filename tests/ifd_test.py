@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradjax.checkpoints import resolve
 from gradjax.data.examples import to_example
@@ -90,7 +90,6 @@ def make_pair(family: str, directory: Path) -> Pair:
         model = make_hf_model(family, **sizes, max_position_embeddings=WINDOW)
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
     return Pair(model.double(), tokenizer, load_language_model(str(directory)))
 
 

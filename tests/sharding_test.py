@@ -6,7 +6,7 @@ import pytest
 
 from gradjax.errors import GradjaxError
 from gradjax.sharding import make_mesh, one_device, parse_mesh
-from tests.checkpoints import FAMILIES, make_hf_model, save_checkpoint
+from tests.checkpoints import make_hf_model, save_checkpoint
 from tests.eight_devices import run_on_eight_devices
 
 SPLITS = [
@@ -17,10 +17,14 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "qwen2")],
-)
+# Those that differ in what a mesh splits or gathers: the others are made of the same parts.
+MORE = [
+    pytest.param(family, marks=pytest.mark.slow)
+    for family in ("llama", "gemma2", "gemma3_text", "olmo2")
+]
+
+
+@pytest.mark.parametrize("family", ["qwen2", *MORE])
 def test_every_split_of_eight_gives_the_numbers_of_one_device(family, tmp_path):
     # Some sizes are multiples of 8; others are not, and stay whole on some meshes.
     sizes = {"intermediate_size": 56, "num_hidden_layers": 2, "vocab_size": 104}
