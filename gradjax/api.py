@@ -9,7 +9,14 @@ from typing import Any
 import pandas as pd
 
 from gradjax.checkpoints.pretrained import Model, load_model
-from gradjax.config import Reading, SpectraConfig, TokenConfig, as_directory, select
+from gradjax.config import (
+    TEXT_SETTINGS,
+    Reading,
+    SpectraConfig,
+    TokenConfig,
+    as_directory,
+    select,
+)
 from gradjax.data.examples import to_example
 from gradjax.data.tokens import check_tokenizer, check_vocabulary, tokenize
 from gradjax.device import local_device
@@ -21,8 +28,6 @@ from gradjax.storage.store import read_manifest, read_table
 from gradjax.structs import ExampleResult
 
 __all__ = ["ExampleResult", "GradjaxError", "Model", "gradient_spectra", "load_model", "open_run"]
-
-_READING = {"columns", "field", "response_marker"}  # what rows without a source can be read by
 
 
 def gradient_spectra(
@@ -58,7 +63,7 @@ def gradient_spectra(
     """
     tokens, spectra = select(TokenConfig, settings), select(SpectraConfig, settings)
     reading = select(Reading, settings)
-    if unknown := settings.keys() - vars(tokens).keys() - vars(spectra).keys() - _READING:
+    if unknown := settings.keys() - vars(tokens).keys() - vars(spectra).keys() - set(TEXT_SETTINGS):
         raise TypeError(f"gradient_spectra has no setting {', '.join(sorted(unknown))}")
     device = local_device()
     resolved_route(spectra, device.platform)  # refused before anything is computed

@@ -18,6 +18,7 @@ LayerPairs = Literal["adjacent", "all", "none"]
 ProcessKind = Literal["independent", "sharded"]
 PreferenceField = Literal["chosen", "rejected"]
 
+TEXT_SETTINGS = ("columns", "field", "response_marker")  # of `Reading`: which texts a row has
 _COLUMN_NAMES = (
     "instruction", "input", "output", "system", "history", "messages", "conversations",
     "prompt", "text", "chosen", "rejected",
@@ -61,8 +62,7 @@ class Reading:
     @property
     def texts(self) -> dict[str, Any]:
         """What the texts of a row depend on; empty where they are found without being told."""
-        names = ("columns", "field", "response_marker")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in TEXT_SETTINGS}
         return {n: list(v) if n == "columns" else v for n, v in values.items() if v}
 
     def settings(self) -> dict[str, Any]:

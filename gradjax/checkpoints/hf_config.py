@@ -179,8 +179,8 @@ _QWEN: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-_OLMO: dict[str, Any] = {
-    "vocab_size": 50304,
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
@@ -188,6 +188,7 @@ _OLMO: dict[str, Any] = {
     "num_key_value_heads": None,
     "max_position_embeddings": 2048,
 }
+_OLMO: dict[str, Any] = _LLAMA | {"vocab_size": 50304}
 _GEMMA: dict[str, Any] = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -212,26 +213,13 @@ _FAMILIES = {
         "qwen3", _QWEN | {"head_dim": 128}, {"qk_norm": "head"}, _upper_layers
     ),
     "LlamaForCausalLM": _Family(
-        "llama",
-        defaults={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": None,
-            "max_position_embeddings": 2048,
-        },
-        fixed={"hidden_act": ("silu",), "sliding_window": (None,)},
+        "llama", _LLAMA, fixed={"hidden_act": ("silu",), "sliding_window": (None,)}
     ),
     "MistralForCausalLM": _Family(
         "mistral",
-        defaults={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
+        defaults=_LLAMA
+        | {
             "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,

@@ -1,7 +1,6 @@
 """A checkpoint's decoder and tokenizer, together: what `gradjax.load_model` returns."""
 
 import dataclasses
-import math
 import tempfile
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from gradjax.device import local_device
 from gradjax.errors import GradjaxError, out_of_memory
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder, random_decoder
-from gradjax.model.parameters import all_parameters
+from gradjax.model.parameters import count_parameters
 from gradjax.storage.filesystem import url_to_fs
 
 
@@ -42,12 +41,11 @@ class Model:
         return self.decoder.config
 
     def __repr__(self) -> str:
-        table, embedding = all_parameters(self.config).values(), self.decoder.embedding
-        parameters = sum(math.prod(p.shape(self.config)) for p in table if p.hf_key)
+        parameters, dtype = count_parameters(self.config), self.decoder.embedding.dtype
         devices = self.decoder.mesh.devices.flat
         return (
             f"Model({self.config.family}, {self.config.num_layers} layers, {parameters:,} "
-            f"parameters in {embedding.dtype}, {len(devices)} x {devices[0].device_kind})"
+            f"parameters in {dtype}, {len(devices)} x {devices[0].device_kind})"
         )
 
 
@@ -113,7 +111,7 @@ def load_weights(
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        entries = sum(math.prod(p.shape(config)) for p in all_parameters(config).values())
+        entries = count_parameters(config)
         needed = entries * jnp.dtype(dtype).itemsize / 2**30
         raise GradjaxError(
             f"the weights of {directory} need {needed:.1f} GiB "

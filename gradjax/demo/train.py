@@ -250,8 +250,9 @@ def save_model(model: Decoder, tokenizer: Tokenizer, directory: Path) -> None:
         },
     )
     tensors = {
-        str(parameter.hf_key): np.asarray(model.weight(path), np.float32)
+        parameter.hf_key: np.asarray(model.weight(path), np.float32)
         for path, parameter in all_parameters(config).items()
+        if parameter.hf_key
     }
     serialized = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     (directory / "model.safetensors").write_bytes(serialized)

@@ -7,6 +7,7 @@ PyTorch's layout.
 """
 
 import dataclasses
+import math
 
 from gradjax.model.config import DecoderConfig
 
@@ -99,6 +100,12 @@ def all_parameters(config: DecoderConfig) -> dict[str, Parameter]:
         for name, parameter in block_parameters(config, layer).items():
             table[f"blocks.{layer}.{name}"] = parameter
     return table
+
+
+def count_parameters(config: DecoderConfig) -> int:
+    """Numbers in a model's files; constants are in none."""
+    table = all_parameters(config).values()
+    return sum(math.prod(p.shape(config)) for p in table if p.hf_key)
 
 
 def _norm(config: DecoderConfig, hf_key: str, axes: tuple[str, ...] = ("D",)) -> Parameter:

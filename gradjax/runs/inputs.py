@@ -1,7 +1,6 @@
 """What a run starts from: the model's config, its tokenizer, and every row as tokens."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from gradjax.data.usable import report_ignored, report_usable
 from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
 from gradjax.model.config import DecoderConfig
-from gradjax.model.parameters import all_parameters
+from gradjax.model.parameters import count_parameters
 from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.store import NOTHING, FinishedRow, Found, Key, Store, find_run
 from gradjax.structs import Example, Status, TokenizedExample
@@ -141,14 +140,12 @@ def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
 
 def log_inputs(config: RunConfig, inputs: Inputs, mesh: Mesh) -> None:
     """The log's first line: what runs on what."""
-    table = all_parameters(inputs.model).values()
-    weights = (math.prod(p.shape(inputs.model)) for p in table if p.hf_key)
     rows = ", ".join(f"{of['rows']:,} of {group}" for group, of in inputs.data.items())
     logging.info(
         "%s (%s), %s parameters in %s, on %d x %s; rows: %s; into %s",
         inputs.checkpoint.name,
         inputs.checkpoint.source,
-        f"{sum(weights):,}",
+        f"{count_parameters(inputs.model):,}",
         config.dtype,
         mesh.size,
         mesh.devices.flat[0].device_kind,
