@@ -24,9 +24,10 @@ import threadpoolctl
 from absl import flags
 from jaxtyping import Array, Float
 
-from benchmarks.deviceless import absent_devices, compiled
-from benchmarks.programs import Program
 from gradjax.cli.app import start
+from gradjax.device import parse_topology
+from gradjax.runs.compilers import absent_devices, compiled
+from gradjax.runs.programs import Program
 from gradjax.sharding import EXAMPLES, make_mesh
 from gradjax.spectra.singular_values import PANEL, matrix_singular_values, triangle
 
@@ -94,8 +95,8 @@ def host_values(core: np.ndarray) -> tuple[np.ndarray, float]:
 
 def main(_: list[str]) -> None:
     """Prints a line per side and way."""
-    absent = absent_devices("tpu")
-    mesh = make_mesh({"data": 1}, absent[:1])
+    device = parse_topology("v5e-1")[0]
+    mesh = make_mesh({"data": 1}, absent_devices(device, 1))
     sharding = jax.sharding.NamedSharding(mesh, EXAMPLES)
 
     def figures(function: Callable, *shapes: tuple[int, int]) -> str:

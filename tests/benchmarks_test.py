@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from benchmarks import ways
-from benchmarks.deviceless import estimated_cycles
 from benchmarks.kernels import KERNELS, measure_kernel
 from benchmarks.profiles import idle_time
 from benchmarks.shapes import shape_config
 from gradjax.errors import GradjaxError
 from gradjax.model.decoder import random_decoder
 from gradjax.model.parameters import all_parameters
+from gradjax.runs.compilers import estimated_cycles
 
 ROOT = Path(__file__).parent.parent
 with (ROOT / "tests" / "data" / "model_shapes.csv").open() as file:

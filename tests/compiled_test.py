@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.deviceless import WHEELS, absent_devices, compiled, has_compiler
 from benchmarks.shapes import shape_config
 from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
+from gradjax.device import parse_topology
 from gradjax.gradients.factored import activation_bytes
+from gradjax.runs.compilers import WHEELS, absent_devices, compiled, has_compiler
 from gradjax.runs.cost import batch_memory
-from gradjax.sharding import parse_mesh
+from gradjax.runs.programs import programs
+from gradjax.sharding import make_mesh, parse_mesh
 
 ROOT = Path(__file__).parent.parent
 MESHES = {1: "data:1", 8: "data:2,fsdp:2,tensor:2"}
@@ -29,7 +31,7 @@ LARGEST = ("block_forward", "head", "block_backward", "form_gradients")  # by co
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=["tpu", "cuda"])
+@pytest.fixture(scope="module", params=["tpu", "gpu"])
 def found(request) -> tuple[str, dict]:
     """A platform, and the figures of its programs by `devices name`."""
     platform = request.param
@@ -48,7 +50,7 @@ def test_every_program_compiles(found):
     platform, programs = found
     faults = {name: said for name, said in programs.items() if isinstance(said, str)}
     assert not faults
-    own = {"spectra_qr_triangle"} | ({"spectra_gram"} if platform == "cuda" else set())
+    own = {"spectra_qr_triangle"} | ({"spectra_gram"} if platform == "gpu" else set())
     for devices in MESHES:
         names = {name.split()[1] for name in programs if name.startswith(f"{devices} ")}
         assert names >= {"embed", "block_forward", "block_backward", "head", "spectra_dense"} | own
@@ -66,7 +68,7 @@ def test_examples_meet_in_no_program_that_measures_them(found):
 def test_a_tpu_is_given_no_float64(found):
     platform, programs = found
     float64 = {name.split()[1] for name, said in programs.items() if said["float64"]}
-    assert float64 == ({"spectra_gram"} if platform == "cuda" else set())
+    assert float64 == ({"spectra_gram"} if platform == "gpu" else set())
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -85,11 +87,24 @@ def test_the_plan_says_what_the_programs_take(found, keep):
         BatchSpec((0,), LARGE, 1),
         2,
         parse_mesh("data:1"),
-        "gpu" if platform == "cuda" else platform,
+        platform,
         keep_activations=keep,
     )
     assert planned.workspace == pytest.approx(temp, rel=0.15)
     assert planned.workspace + planned.code == pytest.approx(temp + code, rel=0.15)
+
+
+def test_a_plan_for_a_topology_uses_its_compiler():
+    if not has_compiler("tpu"):
+        pytest.skip(f"NO COMPILER for tpu, no plan compiled: pip install --no-deps {WHEELS['tpu']}")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": _python_path()}
+    command = [sys.executable, "-m", "gradjax.main", "--plan", "--topology=v5e-16", "--limit=16"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    own, said = done.stdout.split("compiled    by XLA for v5e: ")
+    assert "16 (data:16,fsdp:1,tensor:1) of v5e" in own
+    for part in ("workspace", "programs", "together", "by XLA's estimates of cycles"):
+        assert part in said
 
 
 def _python_path() -> str:
@@ -98,10 +113,8 @@ def _python_path() -> str:
 
 def main(platform: str) -> None:
     """Prints the figures of a platform's programs as JSON."""
-    from benchmarks.programs import programs
-    from gradjax.sharding import make_mesh
-
-    absent, found = absent_devices(platform), {}
+    device, _ = parse_topology({"tpu": "v5e-8", "gpu": "h100-8"}[platform])
+    absent, found = absent_devices(device, 8), {}
     for count, text in MESHES.items():
         mesh = make_mesh(parse_mesh(text), absent[:count])
         for name, program in programs(shape_config("demo"), mesh, count, 64).items():

@@ -16,12 +16,12 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Compiled
 
-from benchmarks.programs import PER_EXAMPLE, programs
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.orbax import load_converted
 from gradjax.checkpoints.resolve import DEMO, resolve
 from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.model.parallel import log_unsplit
+from gradjax.runs.programs import PER_EXAMPLE, programs
 from gradjax.sharding import AXES, EVERYWHERE, EXAMPLES, make_mesh, one_device
 from gradjax.spectra import measures
 from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra

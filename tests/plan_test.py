@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
+import re
 import weakref
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.programs import abstract_decoder, programs
 from gradjax.config import RunConfig, SpectraConfig, TokenConfig
 from gradjax.data.batches import BatchSpec
 from gradjax.device import Device, container_memory, parse_topology
@@ -18,8 +19,10 @@ from gradjax.errors import GradjaxError
 from gradjax.gradients import factored
 from gradjax.model.config import DecoderConfig, qwen2_config
 from gradjax.model.decoder import random_decoder
-from gradjax.runs import cost
+from gradjax.runs import compilers, cost
+from gradjax.runs.compilers import Figures
 from gradjax.runs.cost import batch_flops, batch_memory, spectra_flops
+from gradjax.runs.programs import Program, abstract_decoder, programs
 from gradjax.runs.run import print_plan, run
 from gradjax.sharding import one_device, parse_mesh
 from gradjax.spectra.batch import LAYERS_AHEAD, BatchConfig, batch_spectra
@@ -283,16 +286,70 @@ def test_an_unknown_topology_is_refused(text):
 def test_a_plan_for_devices_elsewhere_follows_them(capsys, monkeypatch):
     """The number of devices, tokens in a batch, the route and its place, the time."""
     monkeypatch.setattr("gradjax.runs.run.local_device", None)  # not asked
+    monkeypatch.setattr("gradjax.runs.compilers.has_compiler", lambda platform: False)
     config = RunConfig(limit=400)
     print_plan(config, "v5e-4")
     tpu = capsys.readouterr().out
     route = "qr on the device, values on the host"
-    for words in ("4 (data:4,fsdp:1,tensor:1) of v5e", route, "15.75 GiB", "peak"):
+    install = "compiler    not asked: pip install --no-deps libtpu has v5e's"
+    for words in ("4 (data:4,fsdp:1,tensor:1) of v5e", route, "15.75 GiB", "peak", install):
         assert words in tpu
     print_plan(config, "h100-2")
     gpu = capsys.readouterr().out
     for words in ("2 (data:2,fsdp:1,tensor:1) of h100", "gram, on the device", "at least"):
         assert words in gpu
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "grid"),
+    [("v5e", 1, "2x4"), ("v5e", 16, "4x4"), ("v6e", 19, "4x8"), ("v5p", 4, "2x2x1"),
+     ("v5p", 16, "2x2x4"), ("v5p", 64, "4x4x4")],
+)  # fmt: skip
+def test_the_compiler_is_told_a_grid_that_holds_the_chips(kind, count, grid):
+    assert compilers._grid(kind, count) == grid
+
+
+@pytest.fixture
+def compiler(monkeypatch) -> Callable[[Callable[[Program], Figures]], None]:
+    """Puts a function in the place of the compiler of TPUs."""
+
+    def replace(compile_program: Callable[[Program], Figures]) -> None:
+        place = "gradjax.runs.compiled_plan"
+        monkeypatch.setattr("gradjax.runs.compilers.has_compiler", lambda platform: True)
+        monkeypatch.setattr(f"{place}.absent_devices", lambda device, count: jax.devices()[:count])
+        monkeypatch.setattr(f"{place}.compiled", compile_program)
+
+    return replace
+
+
+def test_compiled_figures_take_the_place_of_the_plans_own(compiler, capsys):
+    """Workspace of the fullest program, code of all shapes, cycles as often as programs run."""
+    asked = []
+
+    def one_second(program: Program) -> Figures:
+        asked.append(program)
+        return Figures(1.0, 2**20, 0, 700 * 2**20, 0, 0.0, 1.5e9, False, {}, False)
+
+    compiler(one_second)
+    print_plan(RunConfig(limit=1), "v5e-1")
+    own, compiled = capsys.readouterr().out.split("compiled    by XLA for v5e: ")
+    assert "together" in own
+    assert re.search(rf"programs +{len(asked)}\.0 MiB", compiled)
+    assert re.search(r"workspace +0\.6[89] GiB", compiled)
+    # Of four layers each: forward, backward, masks, gradients, entries, six cosines. Of the batch:
+    # angles and embedding, and of its tokens those with loss go through the head.
+    seconds = int(re.search(r"time +(\d+) s of the passes", compiled)[1])
+    assert 4 * (5 + 6) + 2 <= seconds <= 4 * (5 + 6) + 3
+
+
+def test_a_program_that_the_compiler_refuses_is_named(compiler):
+    def refuse(program: Program) -> Figures:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: exceeds available HBM.\nmore")
+
+    compiler(refuse)
+    expected = "the compiler of v5e refuses the program rope_tables: .*exceeds available HBM"
+    with pytest.raises(GradjaxError, match=expected):
+        print_plan(RunConfig(limit=2), "v5e-1")
 
 
 def test_a_model_too_large_for_one_device_is_planned_split(monkeypatch, capsys):

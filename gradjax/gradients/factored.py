@@ -61,18 +61,16 @@ def attention_gradients(
     config, mesh, length = model.config, model.mesh, tokens.shape[1]
     ropes = decoder.layer_ropes(config, partial(_rope_tables, config, length))
     windows = decoder.layer_windows(config, length)
-    x = _embed(mesh, config, model.embedding[...], tokens)
+    x = embed_on_mesh(mesh, config, model.embedding[...], tokens)
     kept: list[BlockActivations | Array] = []
     for layer, block in enumerate(model.blocks):
         block_input = x
-        x, activations = _block_forward(mesh, config, block, x, ropes[layer], windows[layer])
+        x, activations = block_forward_on_mesh(mesh, config, block, x, ropes[layer], windows[layer])
         if layer >= lowest_layer:
             kept.append(activations if keep_activations else block_input)
         del activations
     table = model.output_table
-    losses, cotangent = _head_gradient(
-        mesh, config, model.final_norm[...], table, x, tokens, targets
-    )
+    losses, cotangent = head_on_mesh(mesh, config, model.final_norm[...], table, x, tokens, targets)
     del x
 
     def backward(cotangent: Array) -> Iterator[tuple[int, Factors]]:
@@ -80,8 +78,10 @@ def attention_gradients(
             block, activations = model.blocks[layer], kept.pop()
             rest = (ropes[layer], windows[layer])
             if not isinstance(activations, BlockActivations):
-                _, activations = _block_forward(mesh, config, block, activations, *rest)
-            cotangent, factors = _block_backward(mesh, config, block, activations, cotangent, *rest)
+                _, activations = block_forward_on_mesh(mesh, config, block, activations, *rest)
+            cotangent, factors = block_backward_on_mesh(
+                mesh, config, block, activations, cotangent, *rest
+            )
             del activations
             yield layer, factors
 
@@ -186,7 +186,8 @@ _rope_tables = jax.jit(layers.rope_tables, static_argnums=(0, 1, 2))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _embed(mesh: Mesh, config: DecoderConfig, table: Array, tokens: Array) -> Array:
+def embed_on_mesh(mesh: Mesh, config: DecoderConfig, table: Array, tokens: Array) -> Array:
+    """`decoder.embed`, every device with its examples."""
     return _on_mesh(
         mesh,
         partial(decoder.embed, config),
@@ -196,23 +197,25 @@ def _embed(mesh: Mesh, config: DecoderConfig, table: Array, tokens: Array) -> Ar
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _head_gradient(mesh: Mesh, config: DecoderConfig, *arrays: Array) -> tuple[Array, Array]:
+def head_on_mesh(mesh: Mesh, config: DecoderConfig, *arrays: Array) -> tuple[Array, Array]:
+    """`head_gradient`, every device with its examples."""
     specs = (EVERYWHERE, _table_spec(mesh, config), EXAMPLES, EXAMPLES, EXAMPLES)
     return _on_mesh(mesh, partial(head_gradient, config), specs, EXAMPLES)(*arrays)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 5))
-def _block_forward(
+def block_forward_on_mesh(
     mesh: Mesh, config: DecoderConfig, block: Block, x: Array, rope: Array, window: int | None
 ) -> tuple[Array, BlockActivations]:
+    """`decoder.block_forward`, every device with its examples."""
     specs = (_block_specs(mesh, config, block), EXAMPLES, EVERYWHERE)
-    out_specs = (EXAMPLES, _activation_specs(mesh, config))
+    out_specs = (EXAMPLES, activation_specs(mesh, config))
     run = partial(decoder.block_forward, config, window=window)
     return _on_mesh(mesh, run, specs, out_specs)(block, x, rope)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6))
-def _block_backward(
+def block_backward_on_mesh(
     mesh: Mesh,
     config: DecoderConfig,
     block: Block,
@@ -221,7 +224,8 @@ def _block_backward(
     rope: Array,
     window: int | None,
 ) -> tuple[Array, Factors]:
-    activations = _activation_specs(mesh, config)
+    """`block_backward`, every device with its examples."""
+    activations = activation_specs(mesh, config)
     block_specs = _block_specs(mesh, config, block)
     specs = (block_specs, activations, EXAMPLES, EVERYWHERE)
     run = partial(block_backward, config, window=window)
@@ -246,7 +250,8 @@ def _block_specs(mesh: Mesh, config: DecoderConfig, block: Block) -> Block:
     )
 
 
-def _activation_specs(mesh: Mesh, config: DecoderConfig) -> BlockActivations:
+def activation_specs(mesh: Mesh, config: DecoderConfig) -> BlockActivations:
+    """How activations lie on a mesh: those of the MLP split, where it divides, the rest whole."""
     split = config.mlp_size % mesh.shape[sharding.TENSOR] == 0
     group = sharding.GROUP if split else EXAMPLES
     specs: dict[str, Any] = {

@@ -7,7 +7,8 @@ Sizes follow what the compiled programs hold (tests/plan_test.py compares the tw
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -89,6 +90,8 @@ class Plan:
     route: str  # to the singular values, and where they are computed
     flops: float  # of the model's passes, in its dtype
     spectra_flops: float
+    fullest: BatchSpec | None  # the batch that needs the most memory; None of no batch
+    targets: int  # tokens with loss
 
     @property
     def padded_tokens(self) -> int:
@@ -107,13 +110,14 @@ def make_plan(
 ) -> Plan:
     """The plan of computing `batches` of `tokenized` on a mesh of devices of one kind."""
     itemsize = jnp.dtype(dtype).itemsize
-    shapes = {(batch.size, batch.length): batch for batch in batches}
+    shapes = shapes_of(batches)
     needs = {
         shape: fitting_memory(model, config, batch, itemsize, mesh, device)
         for shape, batch in shapes.items()
     }
     alone = Memory(weight_bytes(model, itemsize, mesh), 0, 0, 0)
-    memory, keeps = max(needs.values(), key=lambda need: need[0].total, default=(alone, True))
+    fullest = max(needs, key=lambda shape: needs[shape][0].total, default=None)
+    memory, keeps = needs[fullest] if fullest else (alone, True)
     memory = dataclasses.replace(memory, code=memory.code * len(shapes))
     passes = {
         shape: batch_flops(model, config, batch, needs[shape][1]) for shape, batch in shapes.items()
@@ -139,7 +143,14 @@ def make_plan(
             for batch in batches
             for row in batch.rows
         ),
+        shapes[fullest] if fullest else None,
+        targets,
     )
+
+
+def shapes_of(batches: Iterable[BatchSpec]) -> dict[tuple[int, int], BatchSpec]:
+    """A batch of every shape (rows, tokens)."""
+    return {(batch.size, batch.length): batch for batch in batches}
 
 
 def weight_bytes(model: DecoderConfig, itemsize: int, mesh: dict[str, int]) -> int:
@@ -172,8 +183,13 @@ def batch_memory(
     platform: str,
     *,
     keep_activations: bool,
+    spaces: Mapping[str, int] | None = None,
 ) -> Memory:
-    """What a batch needs on one device when the backward pass begins, the fullest moment."""
+    """What a batch needs on one device when the backward pass begins, the fullest moment.
+
+    Args:
+      spaces: bytes of programs as of `workspaces`, where a compiler says them.
+    """
     rows = batch.size // math.prod(mesh.values())
     tokens = rows * batch.length
     layers = config.layer_numbers(model.num_layers)
@@ -189,7 +205,7 @@ def batch_memory(
     gradients = 4 * rows * entries * layers_held(model, config)
     alive = factors * min(LAYERS_AHEAD + 1, len(layers)) + gradients
 
-    spaces = workspaces(model, config, batch, itemsize, mesh, platform)
+    spaces = spaces or workspaces(model, config, batch, itemsize, mesh, platform)
     again = 0 if keep_activations else activations
     fullest = max(spaces["head"], spaces["block_backward"] + again, spaces["spectra"])
     weights = weight_bytes(model, itemsize, mesh)
@@ -271,15 +287,23 @@ def batch_flops(
 
     The floor is a forward pass and the backward pass of the inputs: four per weight and token.
     """
-    layers = config.layer_numbers(model.num_layers)
-    below, above = min(layers), model.num_layers - min(layers)
     flops = program_flops(model, config, batch)
+    calls = layer_calls(model, config, keeps_activations)
+    return sum(calls[program] * flops[program] for program in calls)
+
+
+def layer_calls(
+    model: DecoderConfig, config: SpectraConfig, keeps_activations: bool
+) -> dict[str, int]:
+    """How often a batch calls the programs of one layer."""
+    layers = config.layer_numbers(model.num_layers)
+    above = model.num_layers - min(layers)
     again = 0 if keeps_activations else above
-    return (
-        (below + above + again) * flops["block_forward"]
-        + above * flops["block_backward"]
-        + len(layers) * flops["form_gradients"]
-    )
+    return {
+        "block_forward": model.num_layers + again,
+        "block_backward": above,
+        "form_gradients": len(layers),
+    }
 
 
 def program_flops(
@@ -345,21 +369,18 @@ def _rate(work: Callable[[], object], flops: float) -> float:
 def format_plan(plan: Plan, dtype: str, seconds: float) -> str:
     """The plan for a terminal."""
     devices = math.prod(plan.mesh.values())
-    memory = plan.memory
     mesh = ",".join(f"{axis}:{plan.mesh[axis]}" for axis in AXES)
     padding = 1 - plan.tokens / max(plan.padded_tokens, 1)
-    shapes = {(batch.size, batch.length): 0 for batch in plan.batches}
-    for batch in plan.batches:
-        shapes[batch.size, batch.length] += 1
+    shapes = Counter((batch.size, batch.length) for batch in plan.batches)
     time = (
-        f"at least {_duration(seconds)}, estimated from the peak rates of {plan.device.kind}"
+        f"at least {format_duration(seconds)}, estimated from the peak rates of {plan.device.kind}"
         if plan.device.peaks
-        else f"about {_duration(seconds)} at this machine's speed of matrix products"
+        else f"about {format_duration(seconds)} at this machine's speed of matrix products"
     )
-    kept = "activations" if plan.keeps_activations else "block inputs"
+    memory = plan.memory
     parts = {
         "weights": memory.weights,
-        kept: memory.block_inputs,
+        "activations" if plan.keeps_activations else "block inputs": memory.block_inputs,
         "factors": memory.factors,
         "workspace": memory.workspace,
         "programs": memory.code,
@@ -374,12 +395,17 @@ def format_plan(plan: Plan, dtype: str, seconds: float) -> str:
                 for (size, length), count in shapes.items()
             ),
             f"devices     {devices} ({mesh}) of {plan.device.kind}, {dtype}",
-            *(f"{name:<11} {_size(size)} per device" for name, size in parts.items()),
+            *format_memory(parts),
             f"spectra     {plan.route}",
             f"work        {plan.flops:.2e} FLOPs, {plan.spectra_flops:.2e} of spectra",
             f"time        {time}",
         ]
     )
+
+
+def format_memory(parts: Mapping[str, int]) -> list[str]:
+    """A line for every part of a device's memory, given in bytes."""
+    return [f"{name:<11} {_size(size)} per device" for name, size in parts.items()]
 
 
 def estimated_seconds(plan: Plan, dtype: str) -> float:
@@ -414,7 +440,8 @@ def require_fit(plan: Plan, remedies: Iterable[tuple[str, Plan]]) -> None:
     )
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """In the unit that a reader would take."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

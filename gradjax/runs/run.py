@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
 from gradjax.model.decoder import Decoder
 from gradjax.model.parallel import log_unsplit
+from gradjax.runs.compiled_plan import compile_plan, format_compiled
+from gradjax.runs.compilers import missing_compiler
 from gradjax.runs.compute import compute_results
 from gradjax.runs.cost import Plan, estimated_seconds, format_plan, require_fit
 from gradjax.runs.inputs import (
@@ -172,6 +175,21 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
     if unusable := describe_unusable((t.example, t.status, t.reason) for t in inputs.tokenized):
         print(f"not usable  {unusable}")
     require_fit(planned, remedies(config, inputs, device, planned.mesh))
+    if topology is not None:
+        _print_compiled(config, inputs, planned)
+
+
+def _print_compiled(config: RunConfig, inputs: Inputs, planned: Plan) -> None:
+    """The plan by the compiler of devices that are not here, if it is installed."""
+    if planned.fullest is None or config.spectra.spectrum == "dense":
+        return
+    if missing := missing_compiler(planned.device):
+        print(f"compiler    not asked: {missing}")
+        return
+    sys.stdout.flush()  # compiling may take minutes
+    found = compile_plan(config, inputs.model, planned)
+    print(format_compiled(found))
+    require_fit(found.plan, remedies(config, inputs, planned.device, planned.mesh))
 
 
 def _devices_at_hand(config: RunConfig) -> tuple[Device, int]:

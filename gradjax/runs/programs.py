@@ -1,7 +1,7 @@
 """The programs of a run with abstract arguments: what can be compiled without a device.
 
-The one list of them: benchmarks/deviceless.py compiles it for TPUs and GPUs, tests lower it and
-compare plans with it.
+The one list of them: plans and benchmarks/deviceless.py compile it for TPUs and GPUs, tests lower
+it and compare plans with it.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from gradjax.gradients.factored import HEAD_CHUNKS
 from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import BlockActivations, Decoder, layer_windows
+from gradjax.model.layers import rope_tables
 from gradjax.model.parallel import weight_sharding
 from gradjax.model.parameters import all_parameters
 from gradjax.sharding import DATA, EVERYWHERE, EXAMPLES
@@ -96,16 +97,18 @@ def programs(
     table = embedding if config.tied_embeddings else decoder.head.get_value()
     final = decoder.final_norm.get_value()
 
-    forward = Program(factored._block_forward, (mesh, config, block, x, rope, window))
+    forward = Program(factored.block_forward_on_mesh, (mesh, config, block, x, rope, window))
     kept = forward.results()[1]
-    specs: Any = factored._activation_specs(mesh, config)
+    specs: Any = factored.activation_specs(mesh, config)
     kept = BlockActivations(*map(place, kept, specs))
-    backward = Program(factored._block_backward, (mesh, config, block, kept, x, rope, window))
+    backward = Program(
+        factored.block_backward_on_mesh, (mesh, config, block, kept, x, rope, window)
+    )
     factors = place(backward.results()[1])
     formed = Program(measures.form_gradients, (factors, PROJECTIONS))
     gradients, scales = place(formed.results())
-    rope_tables = jax.jit(
-        factored._rope_tables,
+    angles = jax.jit(
+        rope_tables,
         static_argnums=(0, 1),
         out_shardings=NamedSharding(mesh, EVERYWHERE),
     )
@@ -117,10 +120,10 @@ def programs(
     chunks = -(-length // CHUNKS[platform])
     through_block = partial(per_layer, turns=(chunks - 1) / 2)  # key chunks before a query chunk
     found = {
-        "rope_tables": Program(rope_tables, (config, length)),
-        "embed": Program(factored._embed, (mesh, config, embedding, tokens)),
+        "rope_tables": Program(angles, (config, length)),
+        "embed": Program(factored.embed_on_mesh, (mesh, config, embedding, tokens)),
         "block_forward": through_block(forward.function, forward.arguments),
-        "head": Program(factored._head_gradient, head, turns=head_chunks),
+        "head": Program(factored.head_on_mesh, head, turns=head_chunks),
         "block_backward": through_block(backward.function, backward.arguments),
         "mask_factors": per_layer(factored.mask_factors, (factors, masks)),
         "form_gradients": per_layer(formed.function, formed.arguments),
