@@ -29,7 +29,7 @@ from gradjax.runs.compute import compute_results
 from gradjax.runs.progress import BackgroundWriter, shards
 from gradjax.sharding import one_device
 from gradjax.storage.store import Store, open_store
-from gradjax.structs import Example, ExampleResult, Factors, TokenizedExample
+from gradjax.structs import ATTENTION, Example, ExampleResult, Factors, TokenizedExample
 
 WORKERS = (1, 2, 4, 8, 16)
 LAYERS = 28
@@ -42,13 +42,15 @@ flags.DEFINE_integer("rows", 128, "measured with each number of workers")
 
 def random_factors(size: int, tokens: int, width: int) -> Factors:
     """Factors of a layer, [size, tokens, width]."""
-    keys = jax.random.split(jax.random.key(0), len(Factors._fields))
-    return Factors(*(jax.random.normal(key, (size, tokens, width)) for key in keys))
+    names = ("x_qkv", "x_o", *ATTENTION)
+    keys = jax.random.split(jax.random.key(0), len(names))
+    arrays = (jax.random.normal(key, (size, tokens, width)) for key in keys)
+    return Factors(**dict(zip(names, arrays, strict=True)))
 
 
 def stand_in(factors: Factors, *_: Any, **__: Any) -> tuple[jax.Array, Iterator[Any]]:
-    """In place of `attention_gradients`: losses, and factors layer by layer from the top."""
-    losses = jax.numpy.zeros(len(factors.q))
+    """In place of `layer_factors`: losses, and factors layer by layer from the top."""
+    losses = jax.numpy.zeros(factors.batch_shape[0])
     return losses, ((layer, factors) for layer in reversed(range(LAYERS)))
 
 
@@ -89,7 +91,7 @@ def measure(workers: int, rows: int, size: int, tokens: int, width: int) -> tupl
     factors = partial(stand_in, random_factors(size, tokens, width))
     with (
         mock.patch("os.sched_getaffinity", return_value=range(workers)),
-        mock.patch("gradjax.spectra.batch.attention_gradients", factors),
+        mock.patch("gradjax.spectra.batch.layer_factors", factors),
         tempfile.TemporaryDirectory() as directory,
         open_store(directory, {}) as store,
     ):

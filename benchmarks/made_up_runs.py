@@ -10,7 +10,7 @@ import numpy as np
 import gradjax
 from gradjax.storage.store import open_store
 from gradjax.structs import (
-    PROJECTIONS,
+    ATTENTION,
     SAME_LAYER_PAIRS,
     Example,
     ExampleResult,
@@ -47,7 +47,7 @@ def write_run(
     settings = {
         "model": "sha256:made up",
         "layers": list(range(layers)),
-        "projections": list(PROJECTIONS),
+        "projections": list(ATTENTION),
         "target_tokens": target_tokens,
         "store_singular_values": True,
     }
@@ -57,7 +57,7 @@ def write_run(
                 "settings": settings,
                 "model": {"name": "made-up"},
                 "data": {n: {"rows": len(g.target) + g.empty} for n, g in groups.items()},
-                "gradient_shapes": dict.fromkeys(PROJECTIONS, SIDES),
+                "gradient_shapes": dict.fromkeys(ATTENTION, SIDES),
                 "versions": {"gradjax": gradjax.__version__},
                 **manifest,
             }
@@ -75,10 +75,10 @@ def _results(name: str, group: Group, layers: int, values: int) -> Iterator[Exam
         spectra = tuple(
             _spectrum(layer, projection, norm, rank, values, rng)
             for layer in range(layers)
-            for projection in PROJECTIONS
+            for projection in ATTENTION
         )
         same = [(f"{a}-{b}", i, i) for i in range(layers) for a, b in SAME_LAYER_PAIRS]
-        cross = [(p, i, i + 1) for i in range(layers - 1) for p in PROJECTIONS]
+        cross = [(p, i, i + 1) for i in range(layers - 1) for p in ATTENTION]
         similarity = (
             *(Similarity("same_layer", *pair, rng.normal(scale=0.01)) for pair in same),
             *(Similarity("cross_layer", *pair, rng.normal(scale=0.01)) for pair in cross),
@@ -98,7 +98,7 @@ def _tokenized(name: str, number: int, prompt: int, target: int) -> TokenizedExa
 def _spectrum(
     layer: int, projection: Any, norm: float, rank: float, values: int, rng: np.random.Generator
 ) -> Spectrum:
-    factor = (1 + layer / 7) * (1 + PROJECTIONS.index(projection) / 5)
+    factor = (1 + layer / 7) * (1 + ATTENTION.index(projection) / 5)
     return Spectrum(
         layer,
         projection,

@@ -11,7 +11,7 @@ import numpy as np
 import gradjax
 from gradjax.cli.app import start
 from gradjax.data.word_problems import DEMO_GROUPS, demo_rows
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION
 
 
 def numbers(dtype: str) -> dict[str, np.ndarray]:
@@ -24,7 +24,7 @@ def numbers(dtype: str) -> dict[str, np.ndarray]:
     )
     found = {"loss": np.array([result.loss for result in results])}
     for measure in ("nuclear_norm", "effective_rank"):
-        for p in PROJECTIONS:
+        for p in ATTENTION:
             found[f"{measure} {p}"] = np.array(
                 [
                     np.mean([getattr(s, measure) for s in result.spectra if s.projection == p])

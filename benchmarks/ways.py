@@ -25,7 +25,7 @@ from gradjax.config import SpectraConfig
 from gradjax.data.batches import BatchSpec
 from gradjax.device import local_device
 from gradjax.gradients.causality import Contributing
-from gradjax.gradients.factored import attention_gradients
+from gradjax.gradients.factored import layer_factors
 from gradjax.model import decoder as model
 from gradjax.model import layers
 from gradjax.model.decoder import Decoder
@@ -35,7 +35,7 @@ from gradjax.sharding import place_examples
 from gradjax.spectra import measures
 from gradjax.spectra.batch import BatchConfig, batch_spectra
 from gradjax.spectra.decompose import Decompose, Formed, Values, decomposer
-from gradjax.structs import PROJECTIONS, Factors, Projection, TokenBatch
+from gradjax.structs import ATTENTION, Factors, Projection, TokenBatch
 
 FLOORS = ("pass", "grad")
 SPECTRA = ("gram", "qr", "host", "dense")
@@ -68,7 +68,7 @@ def settings(
     sizes = dict(decoder.mesh.shape)
     _, keep = fitting_memory(config, SpectraConfig(), plan, itemsize, sizes, local_device())
     every = tuple(range(config.num_layers))
-    return BatchConfig(every, PROJECTIONS, "adjacent", decompose, keep)
+    return BatchConfig(every, ATTENTION, "adjacent", decompose, keep)
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def _decomposing(way: str, decoder: Decoder) -> Iterator[Decompose | None]:
         yield _ones if way == "entries" else None
         return
     route = "qr" if way == "qr" else "gram"
-    with decomposer(route, PROJECTIONS, decoder.mesh, on_host=way == "host") as decompose:
+    with decomposer(route, ATTENTION, decoder.mesh, on_host=way == "host") as decompose:
         yield decompose
 
 
@@ -102,7 +102,7 @@ def _factored_pass(
     decoder: Decoder, batch: TokenBatch, settings: BatchConfig
 ) -> Callable[[], object]:
     place = partial(place_examples, decoder.mesh)
-    losses, stream = attention_gradients(
+    losses, stream = layer_factors(
         decoder,
         place(batch.tokens),
         place(batch.targets),
@@ -238,20 +238,20 @@ def largest_errors(
         _make_reference(decoder, batch, reference_file)
     rows = len(batch.rows)
     with np.load(reference_file) as reference:
-        exact = {p: reference[f"exact_{p}"] for p in PROJECTIONS}
-        names = ("x_qkv", "x_o", *PROJECTIONS)
+        exact = {p: reference[f"exact_{p}"] for p in ATTENTION}
+        names = ("x_qkv", "x_o", *ATTENTION)
         whole = {name: np.repeat(reference[name], rows, axis=0) for name in names}
     dtype = decoder.embedding.dtype
     factors = Factors(
         **{n: place_examples(decoder.mesh, array.astype(dtype)) for n, array in whole.items()}
     )
     real: np.ndarray = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
-    every: Contributing = dict.fromkeys(PROJECTIONS, real)
+    every: Contributing = dict.fromkeys(ATTENTION, real)
     found = _values(way, decoder, factors, every)
     return {
         name: max(
             abs(float(measure(values) / measure(exact[projection])) - 1)
-            for projection in PROJECTIONS
+            for projection in ATTENTION
             for values in found[projection]
         )
         for name, measure in (
@@ -262,7 +262,7 @@ def largest_errors(
 
 
 def _values(way: str, decoder: Decoder, factors: Factors, contributing: Contributing) -> Values:
-    unit, scales = measures.form_gradients(factors, PROJECTIONS)
+    unit, scales = measures.form_gradients(factors, ATTENTION)
     with _decomposing(way, decoder) as decompose:
         if decompose:
             return decompose(factors, (unit, scales), contributing)()
@@ -277,13 +277,13 @@ def _make_reference(decoder: Decoder, batch: TokenBatch, file: Path) -> None:
     middle = (decoder.config.num_layers - 1) // 2
     tokens, targets = place(batch.tokens), place(batch.targets)
     keep = settings(decoder, batch).keep_activations
-    _, stream = attention_gradients(decoder, tokens, targets, middle, keep_activations=keep)
+    _, stream = layer_factors(decoder, tokens, targets, lowest_layer=middle, keep_activations=keep)
     factors = _last(stream)
-    names = ("x_qkv", "x_o", *PROJECTIONS)
+    names = ("x_qkv", "x_o", *ATTENTION)
     arrays: dict[str, Any] = {
         n: np.asarray(getattr(factors, n)[:1].astype(jnp.float32)) for n in names
     }
-    exact: dict[str, Any] = {f"exact_{p}": exact_values(*_pair(arrays, p)) for p in PROJECTIONS}
+    exact: dict[str, Any] = {f"exact_{p}": exact_values(*_pair(arrays, p)) for p in ATTENTION}
     with file.open("wb") as opened:
         np.savez(opened, **arrays, **exact)
 

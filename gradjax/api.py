@@ -18,7 +18,7 @@ from gradjax.config import (
     select,
 )
 from gradjax.data.examples import to_example
-from gradjax.data.tokens import check_tokenizer, check_vocabulary, tokenize
+from gradjax.data.tokens import check_tokenizer, check_vocabulary, tokenize_rows
 from gradjax.device import local_device
 from gradjax.errors import GradjaxError, extras
 from gradjax.runs.compute import compute_results
@@ -68,10 +68,8 @@ def gradient_spectra(
     device = local_device()
     resolved_route(spectra, device.platform)  # refused before anything is computed
     check_tokenizer(model.tokenizer, tokens)
-    tokenized = [
-        tokenize(to_example(row, "", number, reading), model.tokenizer, tokens)
-        for number, row in enumerate(examples)
-    ]
+    rows = (to_example(row, "", number, reading) for number, row in enumerate(examples))
+    tokenized = [*tokenize_rows(rows, model.tokenizer, tokens)]
     check_vocabulary(tokenized, model.config.vocab_size)
     spectra.layer_numbers(model.config.num_layers)
     unusable = (ExampleResult(t, t.status, t.reason) for t in tokenized if t.status != "ok")

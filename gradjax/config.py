@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from gradjax.errors import GradjaxError, did_you_mean
-from gradjax.structs import PROJECTIONS, Projection
+from gradjax.structs import ATTENTION, PROJECTIONS, Projection
 
 PromptFormat = Literal["plain", "chat"]
 Truncation = Literal["right", "drop", "error"]
@@ -115,7 +115,7 @@ class SpectraConfig:
     spectrum: SpectrumMethod = "factored"
     spectrum_route: SpectrumRoute = "auto"
     layers: str = "all"
-    projections: tuple[Projection, ...] = PROJECTIONS
+    projections: tuple[Projection, ...] = ATTENTION
     similarity: LayerPairs = "adjacent"
 
     def __post_init__(self) -> None:

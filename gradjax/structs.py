@@ -27,8 +27,20 @@ import numpy as np
 if TYPE_CHECKING:
     import jax  # flags and their help need the names of this file, and nothing of JAX
 
-Projection = Literal["q", "k", "v", "o"]
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+# What the paper measures, and what is measured unless others are named.
+ATTENTION: tuple[Projection, ...] = ("q", "k", "v", "o")
+# The projections' inputs, as fields of `Factors`.
+INPUTS: dict[Projection, str] = {
+    "q": "x_qkv",
+    "k": "x_qkv",
+    "v": "x_qkv",
+    "o": "x_o",
+    "gate": "x_mlp",
+    "up": "x_mlp",
+    "down": "x_down",
+}
 # Same-layer pairs of the paper (eq. 3), named as in the store.
 SAME_LAYER_PAIRS: tuple[tuple[Projection, Projection], ...] = (("q", "o"), ("k", "v"))
 
@@ -66,7 +78,7 @@ class Message:
         return {**extra, "role": self.role, "content": self.content}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Example:
     """One input row.
 
@@ -85,7 +97,7 @@ class Example:
     reason: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """An example as token ids, with the tokens that the loss is taken over marked."""
 
@@ -125,20 +137,45 @@ class TokenBatch:
 class Factors(NamedTuple):
     """What one layer's gradients are made of: `G = Δᵀ X` per projection and example.
 
-    q, k and v share their input. JAX sees a tree of six arrays.
+    q, k and v share their input, and so do gate and up. None: not asked for, and no leaf of the
+    tree that JAX sees.
     """
 
-    x_qkv: "jax.Array"  # [B, T, D] input of q, k and v
-    x_o: "jax.Array"  # [B, T, Q] input of o
-    q: "jax.Array"  # [B, T, Q] cotangent of q's output
-    k: "jax.Array"  # [B, T, C]
-    v: "jax.Array"  # [B, T, C]
-    o: "jax.Array"  # [B, T, D]
+    x_qkv: "jax.Array | None" = None  # [B, T, D] input of q, k and v
+    x_o: "jax.Array | None" = None  # [B, T, Q] input of o
+    x_mlp: "jax.Array | None" = None  # [B, T, D] input of gate and up
+    x_down: "jax.Array | None" = None  # [B, T, F] input of down
+    q: "jax.Array | None" = None  # [B, T, Q] cotangent of q's output
+    k: "jax.Array | None" = None  # [B, T, C]
+    v: "jax.Array | None" = None  # [B, T, C]
+    o: "jax.Array | None" = None  # [B, T, D]
+    gate: "jax.Array | None" = None  # [B, T, F]
+    up: "jax.Array | None" = None  # [B, T, F]
+    down: "jax.Array | None" = None  # [B, T, D]
 
     def of(self, projection: Projection) -> "tuple[jax.Array, jax.Array]":
-        """(X [B, T, I], Δ [B, T, O]) of one projection."""
-        x = self.x_o if projection == "o" else self.x_qkv
-        return x, getattr(self, projection)
+        """(X [B, T, I], Δ [B, T, O]) of one projection that was asked for."""
+        return getattr(self, INPUTS[projection]), getattr(self, projection)
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """B and T."""
+        rows, tokens, _ = next(array for array in self if array is not None).shape
+        return rows, tokens
+
+
+def factor_names(projections: tuple[Projection, ...]) -> set[str]:
+    """The fields of `Factors` that projections have."""
+    return {*projections, *(INPUTS[projection] for projection in projections)}
+
+
+def sharing_inputs(projections: tuple[Projection, ...]) -> list[tuple[Projection, ...]]:
+    """The projections by their input, in order."""
+    groups: dict[str, tuple[Projection, ...]] = {}
+    for projection in projections:
+        name = INPUTS[projection]
+        groups[name] = (*groups.get(name, ()), projection)
+    return list(groups.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from gradjax.spectra.batch import BatchConfig, batch_spectra
 from gradjax.spectra.decompose import decomposer
 from gradjax.structs import PROJECTIONS, Factors, TokenBatch
 from tests.checkpoints import FAMILIES, make_hf_model, save_checkpoint
+from tests.oracle import linear_layer
 
 # Targets at the end, in two spans, at once, at the second token alone, and none.
 TARGETS = {
@@ -56,7 +57,7 @@ def cotangents(model: torch.nn.Module, batch: TokenBatch) -> dict[tuple[int, str
                 output.retain_grad()
                 outputs[key] = output
 
-            hooks.append(getattr(block.self_attn, f"{p}_proj").register_forward_hook(keep))
+            hooks.append(linear_layer(block, p).register_forward_hook(keep))
     ids = torch.tensor(batch.tokens, dtype=torch.int64)
     labels = torch.where(torch.tensor(batch.targets[0]), ids[0], -100)[1:]
     scores = model(ids).logits[0, :-1]
@@ -115,7 +116,7 @@ def test_rounding_of_the_last_bits_changes_no_count(pair, spans, route, monkeypa
         largest = max(np.abs(values).max(), 1e-6)
         return jnp.asarray(values + 1e-8 * largest * rng.standard_normal(values.shape), array.dtype)
 
-    factored, dense = batch_module.attention_gradients, batch_module.dense_gradients
+    factored, dense = batch_module.layer_factors, batch_module.dense_gradients
 
     def noisy_factors(*arguments, **options) -> tuple[jax.Array, Iterator[tuple[int, Factors]]]:
         losses, layers = factored(*arguments, **options)
@@ -125,7 +126,7 @@ def test_rounding_of_the_last_bits_changes_no_count(pair, spans, route, monkeypa
         losses, gradients = dense(*arguments)
         return losses, jax.tree.map(perturbed, gradients)
 
-    monkeypatch.setattr(batch_module, "attention_gradients", noisy_factors)
+    monkeypatch.setattr(batch_module, "layer_factors", noisy_factors)
     monkeypatch.setattr(batch_module, "dense_gradients", noisy_gradients)
     found = spectra_of(decoder, batch, route)
     for a, b in zip(found.spectra, expected.spectra, strict=True):
@@ -156,6 +157,7 @@ def test_windows_bound_what_reaches_the_loss(windows):
             "q": choosing,
             "k": set().union(*(sees[p] for p in choosing)),
         }
+        expected |= dict.fromkeys(("gate", "up", "down"), needed)
         for projection in PROJECTIONS:
             assert set(np.flatnonzero(layer[projection][0])) == expected[projection]
         needed = expected["v"]

@@ -27,7 +27,7 @@ from gradjax.spectra import measures
 from gradjax.spectra.batch import BatchConfig, RowSpectra, batch_spectra
 from gradjax.spectra.decompose import decomposer
 from gradjax.spectra.singular_values import Route
-from gradjax.structs import PROJECTIONS, Factors, TokenBatch
+from gradjax.structs import ATTENTION, PROJECTIONS, Factors, TokenBatch
 
 ROOT = Path(__file__).parent.parent
 # Two examples a device, of which some are filler.
@@ -119,7 +119,7 @@ def compiled_collectives() -> dict:
     config = read_config(resolve(DEMO).directory)
     found = {}
     for split in ([8, 1, 1], [1, 8, 1], [1, 1, 8], [2, 2, 2]):
-        ours = programs(config, mesh_of(split), rows=16, length=13)
+        ours = programs(config, mesh_of(split), rows=16, length=13, projections=PROJECTIONS)
         for name, program in ours.items():
             if name.startswith((*PER_EXAMPLE, "spectra_gram", "spectra_qr")):
                 found[f"{name} {tuple(split)}"] = read_program(program.lower().compile())
@@ -150,23 +150,23 @@ def wrong_values(times: str) -> int:
     sys.setswitchinterval(1e-6)
     mesh, rng = mesh_of([8, 1, 1]), np.random.default_rng(0)
     shape = (8, 3, 2)
-    every = dict.fromkeys(PROJECTIONS, np.ones(shape[:2], bool))
-    names = ("x_qkv", "x_o", *PROJECTIONS)
+    every = dict.fromkeys(ATTENTION, np.ones(shape[:2], bool))
+    names = ("x_qkv", "x_o", *ATTENTION)
     values = {name: rng.standard_normal(shape, np.float32) for name in names}
-    pairs = [(values["x_o" if p == "o" else "x_qkv"], values[p]) for p in PROJECTIONS]
+    pairs = [(values["x_o" if p == "o" else "x_qkv"], values[p]) for p in ATTENTION]
     gradients = [np.swapaxes(delta, 1, 2).astype(float) @ x for x, delta in pairs]
     expected = [np.linalg.svd(g, compute_uv=False) for g in gradients]
     sharding = NamedSharding(mesh, EXAMPLES)
     place = jax.jit(lambda tree: tree, out_shardings=sharding)
     wrong = 0
-    with decomposer("gram", PROJECTIONS, mesh, on_host=True) as decompose:
+    with decomposer("gram", ATTENTION, mesh, on_host=True) as decompose:
         for _ in range(int(times)):
             factors = Factors(**place(values))
-            formed = measures.form_gradients(factors, PROJECTIONS)
+            formed = measures.form_gradients(factors, ATTENTION)
             found = decompose(factors, formed, every)()
             wrong += not all(
                 np.allclose(np.array(found[p])[:, :2], e, rtol=1e-4)
-                for p, e in zip(PROJECTIONS, expected, strict=True)
+                for p, e in zip(ATTENTION, expected, strict=True)
             )
     return wrong
 

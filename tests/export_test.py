@@ -82,6 +82,21 @@ def test_cosines_are_whole_matrices(exported, store):
     assert within["2"] == {"q_proj_x_o_proj": same[2, "q-o"], "k_proj_x_v_proj": same[2, "k-v"]}
 
 
+def test_matrices_of_the_mlp_are_named_as_its(store, tmp_path):
+    spectra = SpectraConfig(layers="3", projections=("down", "o"), similarity="all")
+    data = (str(store.parent / "rows.json"),)
+    directory = run(RunConfig(data=data, output_dir=tmp_path / "run", spectra=spectra))
+    export(directory, "rows", tmp_path / "out.jsonl")
+    row = json.loads((tmp_path / "out.jsonl").read_text("utf-8").splitlines()[0])
+    names = [name for name in row if name.startswith("model.")]
+    assert names == [
+        "model.layers.3.self_attn.o_proj.weight",
+        "model.layers.3.mlp.down_proj.weight",
+    ]
+    assert len(row[names[1]]["S_list"]) == 96  # down is [96, F]
+    assert list(row["cosine_sim"]) == ["o_proj", "down_proj"]
+
+
 def test_loss_is_the_stored_one(exported, store):
     examples = read_table(store, "examples").to_pandas().set_index("example_id")
     assert [row["loss"] for row in exported] == [examples.loss[0], examples.loss[2]]

@@ -19,7 +19,7 @@ from gradjax.errors import GradjaxError
 from gradjax.report import figures
 from gradjax.storage.results import SPECTRAL, RunValues, read_values
 from gradjax.storage.store import open_store
-from gradjax.structs import PROJECTIONS, Example, ExampleResult, Spectrum, TokenizedExample
+from gradjax.structs import ATTENTION, Example, ExampleResult, Spectrum, TokenizedExample
 
 LAYERS = 7
 COUNTS = {"slow": 11, "fast": 13}
@@ -40,7 +40,7 @@ def made_up_run(
             tokens = int(random.integers(3, 900))
             examples.append((group, example, "ok", tokens + 9, tokens, random.random()))
             for layer in range(layers):
-                for projection in PROJECTIONS:
+                for projection in ATTENTION:
                     norm, rank, share = random.gamma(3, size=3) * (1, 40, 0.1)
                     if example == layer == 0:
                         rank = share = np.nan
@@ -54,7 +54,7 @@ def made_up_run(
             "model": {"name": name},
             "data": {group: {"rows": count + 1} for group, count in counts.items()},
             "settings": {
-                "projections": list(PROJECTIONS),
+                "projections": list(ATTENTION),
                 "layers": list(range(layers)),
                 "store_singular_values": True,
             },
@@ -115,7 +115,7 @@ def legend_handles(figure: Figure) -> dict[str, Line2D]:
 def test_layer_curves_show_means_and_their_intervals(statistic):
     run = made_up_run()
     panels = figures.layer_curves(run, "slow", "fast", statistic).axes
-    assert [axes.get_title() for axes in panels] == list(PROJECTIONS)
+    assert [axes.get_title() for axes in panels] == list(ATTENTION)
     for axes in panels:
         for group, (x, y), band in zip(COUNTS, lines(axes), bands(axes), strict=True):
             values = numbers(run, group, axes.get_title(), statistic)
@@ -135,7 +135,7 @@ def test_nuclear_norms_share_a_scale_and_ranks_do_not():
     norms = figures.layer_curves(run, "slow", "fast", "nuclear_norm").axes
     assert len({axes.get_ylim() for axes in norms}) == 1
     ranks = figures.layer_curves(run, "slow", "fast", "effective_rank").axes
-    assert len({axes.get_ylim() for axes in ranks}) == len(PROJECTIONS)
+    assert len({axes.get_ylim() for axes in ranks}) == len(ATTENTION)
 
 
 def test_a_single_example_has_no_interval(tmp_path):
@@ -172,7 +172,7 @@ def test_effective_rank_against_length():
     for group, points, line in zip(COUNTS, axes.collections, lines(axes), strict=True):
         rows = run.examples.query("group == @group and status == 'ok'")
         tokens = rows.sort_values("example_id")["num_target_tokens"].to_numpy()
-        by_projection = [numbers(run, group, p, "effective_rank") for p in PROJECTIONS]
+        by_projection = [numbers(run, group, p, "effective_rank") for p in ATTENTION]
         ranks = np.mean([np.nanmean(values, 1) for values in by_projection], 0)
         drawn = np.asarray(points.get_offsets())
         np.testing.assert_allclose(drawn[np.lexsort(drawn.T)], sorted_pairs(tokens, ranks))
@@ -248,7 +248,7 @@ def stored(tmp_path) -> tuple[RunValues, dict[str, list[Spectrum]]]:
             spectra = [
                 Spectrum(layer, p, 1.0, 2.0, 1.0, 1.0, 0.0, 1.0, -1.0, singular_values=values)
                 for layer in range(LAYERS)
-                for p in PROJECTIONS
+                for p in ATTENTION
                 for size in [0 if number == layer == 1 else random.integers(1, 307)]
                 for values in [np.sort(random.lognormal(0, 9, size).astype(np.float32))[::-1]]
             ]
@@ -258,7 +258,7 @@ def stored(tmp_path) -> tuple[RunValues, dict[str, list[Spectrum]]]:
             tokenized = TokenizedExample(example, tokens, tokens == 0)
             results.append(ExampleResult(tokenized, "ok", "", 0.5, tuple(spectra)))
     settings = {
-        "projections": list(PROJECTIONS),
+        "projections": list(ATTENTION),
         "layers": list(range(LAYERS)),
         "store_singular_values": True,
     }
@@ -266,7 +266,7 @@ def stored(tmp_path) -> tuple[RunValues, dict[str, list[Spectrum]]]:
         "settings": settings,
         "model": {"name": "tiny"},
         "data": {group: {"rows": count} for group, count in COUNTS.items()},
-        "gradient_shapes": {projection: [307, 311] for projection in PROJECTIONS},
+        "gradient_shapes": {projection: [307, 311] for projection in ATTENTION},
         "versions": {"gradjax": gradjax.__version__},
     }
     with open_store(tmp_path / "run", settings) as store:
@@ -281,7 +281,7 @@ def test_spectra_show_quartiles_of_lists_filled_up_with_zeros(stored, tmp_path):
     layers = (1, 5)
     figure = figures.spectra(run, list(COUNTS), layers)
     assert figure is not None
-    titles = [f"{projection}, layer {layer}" for layer in layers for projection in PROJECTIONS]
+    titles = [f"{projection}, layer {layer}" for layer in layers for projection in ATTENTION]
     assert [axes.get_title() for axes in figure.axes] == titles
     for axes in figure.axes:
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")

@@ -10,7 +10,7 @@ from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.resolve import DEMO, resolve
 from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.gradients import factored
-from gradjax.gradients.factored import HEAD_CHUNKS, attention_gradients
+from gradjax.gradients.factored import HEAD_CHUNKS, layer_factors
 from gradjax.model.attention import CHUNKS
 from gradjax.sharding import one_device
 from gradjax.spectra.batch import BatchConfig, batch_spectra
@@ -187,7 +187,7 @@ def test_upper_layers_and_some_projections(pair):
 def test_backward_pass_stops_at_the_lowest_layer(pair):
     _, decoder = pair
     batch = make_batch([23])
-    _, layers = attention_gradients(
+    _, layers = layer_factors(
         decoder, jnp.asarray(batch.tokens), jnp.asarray(batch.targets), lowest_layer=2
     )
     assert [layer for layer, _ in layers] == [2]
@@ -208,7 +208,7 @@ def test_more_target_tokens_than_one_head_chunk(pair):
     hf_model, decoder = pair
     length = 2 * HEAD_CHUNKS["cpu"] + 31
     batch = make_batch([length, 11])
-    losses, layers = attention_gradients(
+    losses, layers = layer_factors(
         decoder, jnp.asarray(batch.tokens), jnp.asarray(batch.targets), lowest_layer=2
     )
     ((_, factors),) = layers

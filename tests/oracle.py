@@ -5,7 +5,13 @@ import copy
 import numpy as np
 import torch
 
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION, PROJECTIONS
+
+
+def linear_layer(block: torch.nn.Module, projection: str) -> torch.nn.Module:
+    """A projection of a block of transformers."""
+    part = block.self_attn if projection in ATTENTION else block.mlp
+    return getattr(part, f"{projection}_proj")
 
 
 def torch_loss_and_gradients(model, tokens: np.ndarray, targets: np.ndarray):
@@ -17,7 +23,7 @@ def torch_loss_and_gradients(model, tokens: np.ndarray, targets: np.ndarray):
     loss = torch.nn.functional.cross_entropy(logits, labels[1:])  # mean, ignores -100
     loss.backward()
     gradients = {
-        (layer, p): getattr(block.self_attn, f"{p}_proj").weight.grad.numpy()
+        (layer, p): linear_layer(block, p).weight.grad.numpy()
         for layer, block in enumerate(model.model.layers)
         for p in PROJECTIONS
     }

@@ -26,7 +26,7 @@ from gradjax.runs.programs import Program, abstract_decoder, programs
 from gradjax.runs.run import print_plan, run
 from gradjax.sharding import one_device, parse_mesh
 from gradjax.spectra.batch import LAYERS_AHEAD, BatchConfig, batch_spectra
-from gradjax.structs import TokenBatch
+from gradjax.structs import ATTENTION, PROJECTIONS, Projection, TokenBatch
 
 ALONE = parse_mesh("data:1")
 
@@ -41,14 +41,21 @@ def nbytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def compiled_bytes(model: DecoderConfig, rows: int, length: int, *, keep: bool) -> dict[str, int]:
+def compiled_bytes(
+    model: DecoderConfig,
+    rows: int,
+    length: int,
+    *,
+    keep: bool,
+    projections: tuple[Projection, ...] = ATTENTION,
+) -> dict[str, int]:
     """The parts of a plan's memory, from the memory analysis of the compiled programs."""
-    found = programs(model, one_device(), rows, length)
+    found = programs(model, one_device(), rows, length, projections=projections)
     memory = {
         name: found[name].lower().compile().memory_analysis()
         for name in ("head", "block_backward", "form_gradients")
     }
-    _, _, _, kept, x, *_ = found["block_backward"].arguments
+    _, _, _, _, kept, x, *_ = found["block_backward"].arguments
     factors, _ = found["form_gradients"].arguments
     again = 0 if keep else nbytes(kept)
     head = memory["head"]
@@ -64,14 +71,15 @@ def compiled_bytes(model: DecoderConfig, rows: int, length: int, *, keep: bool) 
     }
 
 
+@pytest.mark.parametrize("projections", [ATTENTION, PROJECTIONS, ("down",)], ids="-".join)
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(("rows", "length"), [(3, 416), (1, 2048)])
-def test_memory_is_what_the_compiled_programs_hold(rows, length, keep):
+def test_memory_is_what_the_compiled_programs_hold(rows, length, keep, projections):
     model = make_config(num_layers=7)
     batch = BatchSpec(tuple(range(rows)), length, rows)
-    config = SpectraConfig()
+    config = SpectraConfig(projections=projections)
     found = batch_memory(model, config, batch, 4, ALONE, "cpu", keep_activations=keep)
-    compiled = compiled_bytes(model, rows, length, keep=keep)
+    compiled = compiled_bytes(model, rows, length, keep=keep, projections=projections)
     assert found.total == pytest.approx(sum(compiled.values()), rel=0.15)
     for part, expected in compiled.items():
         assert getattr(found, part) == pytest.approx(expected, rel=0.25), part
@@ -105,7 +113,7 @@ def test_live_arrays_during_the_backward_pass_are_block_inputs_and_one_block(num
     tokens = np.random.default_rng(0).integers(0, 257, (rows, length)).astype(np.int32)
     targets = np.arange(length)[None, :] > 5
     before = sum(array.nbytes for array in jax.live_arrays())
-    _, layers = factored.attention_gradients(
+    _, layers = factored.layer_factors(
         decoder, jnp.asarray(tokens), jnp.asarray(targets), keep_activations=False
     )
     highest, size = 0, 0

@@ -23,7 +23,7 @@ from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.write import ReportConfig, write_report
 from gradjax.storage.results import RunValues, example_values, read_values
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION
 
 ROOT = Path(__file__).parent.parent
 STATISTICS = ("nuclear_norm", "effective_rank", "normalized_effective_rank", "loss")
@@ -106,7 +106,7 @@ def test_comparisons_are_what_their_columns_say(directory, report):
         (comparison, statistic, projection)
         for comparison in ("long:short", "long:same")
         for statistic in STATISTICS
-        for projection in ([*PROJECTIONS, "all"] if statistic != "loss" else ["all"])
+        for projection in ([*ATTENTION, "all"] if statistic != "loss" else ["all"])
     ]
     keys = ["comparison", "statistic", "projection"]
     assert [tuple(row) for row in table[keys].to_numpy()] == expected

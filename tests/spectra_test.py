@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gradjax.sharding import one_device
 from gradjax.spectra import measures
 from gradjax.spectra.decompose import decomposer
-from gradjax.structs import PROJECTIONS, Factors
+from gradjax.structs import ATTENTION, Factors
 
 pytestmark = pytest.mark.smoke
 
@@ -27,7 +27,7 @@ def random_factors(shape, seed=0):
 
 
 def values_of(route, x, delta):
-    arrays = {"x_qkv": x, "x_o": x} | dict.fromkeys(PROJECTIONS, delta)
+    arrays = {"x_qkv": x, "x_o": x} | dict.fromkeys(ATTENTION, delta)
     factors = Factors(**{name: jnp.asarray(array[None]) for name, array in arrays.items()})
     with decomposer(route, ("q",), one_device(), on_host=True) as decompose:
         (values,) = decomposed(decompose, factors, {"q": np.ones((1, len(x)), bool)})["q"]
@@ -152,15 +152,15 @@ def test_device_and_host_agree(length):
     rng = np.random.default_rng(3)
     sizes = {"x_qkv": 19, "x_o": 23, "q": 23, "k": 11, "v": 11, "o": 19}
     arrays = {n: rng.standard_normal((1, 29, s)).astype(np.float32) for n, s in sizes.items()}
-    for name in PROJECTIONS:  # padded tokens have no cotangent
+    for name in ATTENTION:  # padded tokens have no cotangent
         arrays[name][:, length:] = 0
     factors = Factors(**{name: jnp.asarray(array) for name, array in arrays.items()})
-    contributing = dict.fromkeys(PROJECTIONS, np.arange(29)[None] < length)
-    with decomposer("gram", PROJECTIONS, one_device(), on_host=False) as decompose:
+    contributing = dict.fromkeys(ATTENTION, np.arange(29)[None] < length)
+    with decomposer("gram", ATTENTION, one_device(), on_host=False) as decompose:
         device = decomposed(decompose, factors, contributing)
-    with decomposer("gram", PROJECTIONS, one_device(), on_host=True) as decompose:
+    with decomposer("gram", ATTENTION, one_device(), on_host=True) as decompose:
         host = decomposed(decompose, factors, contributing)
-    for projection in PROJECTIONS:
+    for projection in ATTENTION:
         (a,), (b,) = device[projection], host[projection]
         assert len(a) == len(b) == min(max(length, 1), 19, sizes[projection])
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(b[0], 1e-30))
@@ -175,13 +175,13 @@ def test_tokens_without_gradient_add_no_noise(route):
         name: rng.standard_normal((1, 401, 421)).astype(np.float32)
         for name in ("x_qkv", "x_o", "q", "k", "v", "o")
     }
-    contributing = {p: np.arange(401)[None] >= (396 if p in "qo" else 0) for p in PROJECTIONS}
+    contributing = {p: np.arange(401)[None] >= (396 if p in "qo" else 0) for p in ATTENTION}
     for name in ("q", "o"):
         arrays[name][:, :396] = 0
     factors = Factors(**{name: jnp.asarray(array) for name, array in arrays.items()})
-    with decomposer(route, PROJECTIONS, one_device(), on_host=True) as decompose:
+    with decomposer(route, ATTENTION, one_device(), on_host=True) as decompose:
         found = decomposed(decompose, factors, contributing)
-    for projection in PROJECTIONS:
+    for projection in ATTENTION:
         x, delta = (np.asarray(array[0]) for array in factors.of(projection))
         values, expected = found[projection][0], exact(x, delta)
         assert len(values) == (5 if projection in "qo" else 401)

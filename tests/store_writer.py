@@ -13,7 +13,7 @@ import numpy as np
 from gradjax.storage import filesystem
 from gradjax.storage.store import open_store
 from gradjax.structs import (
-    PROJECTIONS,
+    ATTENTION,
     SAME_LAYER_PAIRS,
     Example,
     ExampleResult,
@@ -26,13 +26,13 @@ LAYERS = (0, 2, 5)
 SHARD = 3
 SETTINGS = {
     "layers": list(LAYERS),
-    "projections": list(PROJECTIONS),
+    "projections": list(ATTENTION),
     "store_singular_values": True,
 }
 MANIFEST = {
     "settings": SETTINGS,
     "data": {"rows": {"rows": 23}},
-    "gradient_shapes": {projection: [7, 11] for projection in PROJECTIONS},
+    "gradient_shapes": {projection: [7, 11] for projection in ATTENTION},
 }
 
 
@@ -53,7 +53,7 @@ def made_up_result(number: int) -> ExampleResult:
             singular_values=np.sort(random.random(number % 8).astype(np.float32))[::-1],
         )
         for layer in LAYERS
-        for projection in PROJECTIONS
+        for projection in ATTENTION
     )
     similarity = tuple(
         Similarity("same_layer", f"{a}-{b}", layer, layer, None if layer == 2 else random.random())

@@ -7,7 +7,7 @@ from gradjax.cli.data import define_data_flags
 from gradjax.config import Reading, select
 from gradjax.errors import GradjaxError
 from gradjax.score.config import ScoreConfig
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
 METRICS = """some of ifd, perplexity, reward, instag, difficulty; or single columns that come with
@@ -38,7 +38,7 @@ GROUPS = {
         flags.DEFINE_string("run", None, RUN, FLAGS),
         flags.DEFINE_string("layers", "all", LAYERS, FLAGS),
         flags.DEFINE_list(
-            "projections", list(PROJECTIONS), "matrices of --run: some of q,k,v,o", FLAGS
+            "projections", list(ATTENTION), "matrices of --run: some of q,k,v,o,gate,up,down", FLAGS
         ),
     ],
     "Models": [

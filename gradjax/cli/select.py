@@ -6,7 +6,7 @@ from gradjax.cli.command import Command
 from gradjax.cli.data import define_data_flags
 from gradjax.config import Reading, select
 from gradjax.select.rule import MATCHING, Rule, parse_amount, parse_range, parse_terms
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
 SCORES = """a directory written by gradjax score, or by gradjax spectra (its gradient statistics),
@@ -33,7 +33,10 @@ GROUPS = {
         *define_data_flags(FLAGS, [], DATA, limit=None),
         flags.DEFINE_string("layers", "all", LAYERS, FLAGS),
         flags.DEFINE_list(
-            "projections", list(PROJECTIONS), "the same for projections: some of q,k,v,o", FLAGS
+            "projections",
+            list(ATTENTION),
+            "the same, some of q,k,v,o,gate,up,down",
+            FLAGS,
         ),
     ],
     "Which rows are chosen": [

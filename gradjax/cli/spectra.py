@@ -9,7 +9,7 @@ from gradjax import config
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import define_data_flags
 from gradjax.errors import GradjaxError, extras
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
 DEMO = "demo"  # the embedded model, and the embedded data
@@ -37,6 +37,7 @@ PROCESSES = """with several processes: the whole model in each, on its own devic
 rows (independent), or one model over the devices of all (sharded)"""
 COORDINATOR = """HOST:PORT of process 0, the same for all processes, or auto on a TPU pod,
 under Slurm, Open MPI or Kubernetes"""
+PROJECTIONS = "matrices: some of q,k,v,o,gate,up,down; --plan shows what the last three cost"
 RANDOM_INIT = "random weights of the model's shape instead of its own"
 STORE_VALUES = "store the singular values, not only what sums them up"
 PROCESS_ID = "which of them this one is, from 0"
@@ -62,7 +63,7 @@ GROUPS = {
     ],
     "What is measured": [
         flags.DEFINE_string("layers", "all", LAYERS, FLAGS),
-        flags.DEFINE_list("projections", list(PROJECTIONS), "matrices: some of q,k,v,o", FLAGS),
+        flags.DEFINE_list("projections", list(ATTENTION), PROJECTIONS, FLAGS),
         flags.DEFINE_enum("similarity", "adjacent", PAIRS, SIMILARITY, FLAGS),
         flags.DEFINE_enum("spectrum", "factored", METHODS, SPECTRUM, FLAGS),
         flags.DEFINE_enum("spectrum_route", "auto", ROUTES, ROUTE, FLAGS),

@@ -121,18 +121,25 @@ def _default_group(location: str) -> str:
 
 
 def read_rows(source: Source, limit: int | None = None) -> list[object]:
-    """The first `limit` rows of a source (all by default), in order.
+    """`stream_rows` as a list."""
+    return list(stream_rows(source, limit))
+
+
+def stream_rows(source: Source, limit: int | None = None) -> Iterator[object]:
+    """The first `limit` rows of a source (all by default), in order, as they are read.
 
     A row of a JSON file is whatever stands there; rows of column stores are dicts. A registered
     name comes before a path, as with models: what lies here under such a name is ./NAME.
     Raises GradjaxError when the source is missing, empty or cannot be read.
     """
-    rows = list(itertools.islice(_rows(source, limit), limit))
-    if not rows:
+    empty = True
+    for row in itertools.islice(_rows(source, limit), limit):
+        empty = False
+        yield row
+    if empty:
         raise GradjaxError(
             f"{source.location} (group {source.group!r}) holds no rows: expected at least one."
         )
-    return rows
 
 
 def registered_rows(dataset: RegisteredDataset, place: pathlib.Path) -> Iterator[object]:
@@ -165,17 +172,21 @@ def row_hash(row: object) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
-def data_hash(rows: Iterable[object]) -> str:
-    """Hex digest of rows in their order."""
+def data_hash(hashes: Iterable[str]) -> str:
+    """Hex digest of rows in their order, from that of each."""
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(row_hash(row).encode("ascii"))
+    for row in hashes:
+        digest.update(row.encode("ascii"))
     return digest.hexdigest()[:32]
 
 
-def describe_rows(source: Source, rows: Sequence[object]) -> dict[str, Any]:
-    """What a manifest says of a group: source, how it is read, number of rows and hash."""
-    said = {"source": source.absolute, "rows": len(rows), "hash": data_hash(rows)}
+def describe_rows(source: Source, hashes: Sequence[str]) -> dict[str, Any]:
+    """What a manifest says of a group: source, how it is read, number of rows and hash.
+
+    Args:
+      hashes: `row_hash` of every row.
+    """
+    said = {"source": source.absolute, "rows": len(hashes), "hash": data_hash(hashes)}
     reading = source.reading.settings()
     return said | {"reading": reading} if reading else said
 

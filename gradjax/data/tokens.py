@@ -9,12 +9,13 @@ ends is known from the rendering, not searched for in the text.
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from gradjax.config import TokenConfig
 from gradjax.data.examples import is_single_turn
@@ -25,6 +26,10 @@ from gradjax.structs import Example, Message, Status, TokenizedExample
 # front of every template, keeps a row's numbers the same tomorrow.
 _PINNED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 
+# Texts that are encoded at a time.
+ENCODED_TOGETHER = 1024
+# Tokens [T] and targets [T].
+_Encoded = tuple[np.ndarray, np.ndarray]
 _PROBE = (Message("user", "question"), Message("assistant", "answer"))
 
 
@@ -59,24 +64,38 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, settings: TokenConfig) -
 def tokenize(
     example: Example, tokenizer: PreTrainedTokenizerFast, settings: TokenConfig
 ) -> TokenizedExample:
-    """Tokens int32 [T] and targets bool [T] of one example, T ≤ `max_length` if it is `ok`.
+    """`tokenize_rows` of one example."""
+    (tokenized,) = tokenize_rows([example], tokenizer, settings)
+    return tokenized
 
-    An example that is not `ok` keeps its status and has no tokens; one that cannot be used
-    under these settings gets a status and a reason: `invalid_row`, `too_long`,
-    `no_target_tokens` or `too_short`. `truncated` tells of the cut at `max_length` alone.
+
+def tokenize_rows(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, settings: TokenConfig
+) -> Iterator[TokenizedExample]:
+    """Tokens int32 [T] and targets bool [T] of each example, T ≤ `max_length` if it is `ok`.
+
+    They come in order, encoded many at a time on all cores. An example that is not `ok` keeps its
+    status and has no tokens; one that cannot be used under these settings gets a status and a
+    reason: `invalid_row`, `too_long`, `no_target_tokens` or `too_short`. `truncated` tells of the
+    cut at `max_length` alone.
     Raises GradjaxError for a row over `max_length` under `truncation="error"`.
     """
-    if example.status != "ok":
-        return _unusable(example, example.status, example.reason)
-    try:
-        if settings.prompt_format == "plain":
-            tokens, targets = _plain(example, tokenizer)
-        else:
-            tokens, targets = _chat(example, tokenizer)
-    except _UnusableError as error:
-        return _unusable(example, "invalid_row", str(error))
-    targets[:1] = False  # Nothing precedes the first token that could predict it.
-    return _cut(example, tokens, targets, settings)
+    encode = _encode_plain if settings.prompt_format == "plain" else _encode_chats
+    rest = iter(examples)
+    while together := list(itertools.islice(rest, ENCODED_TOGETHER)):
+        usable = [example for example in together if example.status == "ok"]
+        encoded = iter(encode(usable, tokenizer))
+        for example in together:
+            if example.status != "ok":
+                yield _unusable(example, example.status, example.reason)
+                continue
+            found = next(encoded)
+            if isinstance(found, _UnusableError):
+                yield _unusable(example, "invalid_row", str(found))
+                continue
+            tokens, targets = found
+            targets[:1] = False  # Nothing precedes the first token that could predict it.
+            yield _cut(example, tokens, targets, settings)
 
 
 def tokenize_conversation(example: Example, tokenizer: PreTrainedTokenizerFast) -> TokenizedExample:
@@ -85,13 +104,18 @@ def tokenize_conversation(example: Example, tokenizer: PreTrainedTokenizerFast) 
     No token is a target. A conversation that the template refuses is an `invalid_row`.
     """
     try:
-        tokens, _, _ = _encode_rendered(_render(example.messages, tokenizer), tokenizer)
+        text = _render(example.messages, tokenizer)
     except _UnusableError as error:
         return _unusable(example, "invalid_row", str(error))
-    return TokenizedExample(example, tokens, np.zeros(len(tokens), bool))
+    (found,) = _encode_rendered([text], tokenizer)
+    if isinstance(found, _UnusableError):
+        return _unusable(example, "invalid_row", str(found))
+    return TokenizedExample(example, found[0], np.zeros(len(found[0]), bool))
 
 
-def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+def _encode_plain(
+    examples: list[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[_Encoded | _UnusableError]:
     """The reference's text, special tokens and start of the response.
 
     A system message stands on its own line before the question, like the exported
@@ -100,48 +124,93 @@ def _plain(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.nda
     the tokenizer appends is no token of the prompt, but one of the response; the reference counts
     it in the prompt, so that there the response's first token is no target.
     """
+    faults = [_no_plain_form(example) for example in examples]
+    plain = [example for example, fault in zip(examples, faults, strict=True) if not fault]
+    prompts = [example.instruction + "\n" for example in plain]
+    texts = [prompt + example.output for prompt, example in zip(prompts, plain, strict=True)]
+    backend = _backend(tokenizer)
+    whole = backend.encode_batch_fast(texts)
+    before = backend.encode_batch_fast(prompts)
+
+    def encoded() -> Iterator[_Encoded]:
+        for text, prompt in zip(whole, before, strict=True):
+            tokens = np.asarray(text.ids, np.int32)
+            start = len(np.trim_zeros(1 - np.asarray(prompt.special_tokens_mask), "b"))
+            yield tokens, np.arange(len(tokens)) >= start
+
+    found = encoded()
+    return [fault or next(found) for fault in faults]
+
+
+def _no_plain_form(example: Example) -> _UnusableError | None:
     if not is_single_turn(example.messages):
-        raise _UnusableError(
+        return _UnusableError(
             f"{len(example.messages)} turns have no plain form; --prompt_format=chat takes them"
         )
     if any(message.extra_texts for message in example.messages):
-        raise _UnusableError(
+        return _UnusableError(
             "tool calls and thoughts of a turn have no plain form; --prompt_format=chat takes them"
         )
-    prompt = example.instruction + "\n"
-    tokens = np.asarray(_encode(tokenizer, prompt + example.output).input_ids, np.int32)
-    appended = _encode(tokenizer, prompt, return_special_tokens_mask=True)["special_tokens_mask"]
-    start = len(np.trim_zeros(1 - np.asarray(appended), "b"))
-    return tokens, np.arange(len(tokens)) >= start
+    return None
 
 
-def _chat(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
-    text, spans = _assistant_spans(example.messages, tokenizer)
-    tokens, starts, ends = _encode_rendered(text, tokenizer)
-    targets = np.zeros(len(tokens), bool)
-    for start, end in spans:
-        # By overlap: a token that joins the header's newline to the response counts.
-        targets |= (ends > start) & (starts < end)
-    return tokens, targets
+def _encode_chats(
+    examples: list[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[_Encoded | _UnusableError]:
+    rendered = [_spans_or_fault(example, tokenizer) for example in examples]
+    texts = [found[0] for found in rendered if not isinstance(found, _UnusableError)]
+    encodings = iter(_encode_rendered(texts, tokenizer))
+
+    def encoded(found: tuple[str, list[tuple[int, int]]]) -> _Encoded | _UnusableError:
+        encoding = next(encodings)
+        if isinstance(encoding, _UnusableError):
+            return encoding
+        tokens, starts, ends = encoding
+        targets = np.zeros(len(tokens), bool)
+        for start, end in found[1]:
+            # By overlap: a token that joins the header's newline to the response counts.
+            targets |= (ends > start) & (starts < end)
+        return tokens, targets
+
+    return [found if isinstance(found, _UnusableError) else encoded(found) for found in rendered]
+
+
+def _spans_or_fault(
+    example: Example, tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, list[tuple[int, int]]] | _UnusableError:
+    try:
+        return _assistant_spans(example.messages, tokenizer)
+    except _UnusableError as error:
+        return error
 
 
 def _encode_rendered(
-    text: str, tokenizer: PreTrainedTokenizerFast
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [T] of a rendered conversation, and where each starts and ends in it.
+    texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray] | _UnusableError]:
+    """Tokens [T] of rendered conversations, and where each starts and ends in its text.
 
     Exactly as rendered, but for a BOS that the template leaves to the tokenizer.
     """
-    encoding = _encode(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = np.asarray(encoding.input_ids, np.int32)
-    if not len(tokens):
-        raise _UnusableError("the chat template renders nothing for the conversation")
-    offsets = np.asarray(encoding.offset_mapping, np.int64).reshape(-1, 2)
-    first = _encode(tokenizer, "a").input_ids[0]
-    if first == tokenizer.bos_token_id != tokens[0]:
-        tokens, offsets = np.insert(tokens, 0, first), np.insert(offsets, 0, 0, axis=0)
-    starts, ends = offsets.T
-    return tokens, starts, ends
+    backend = _backend(tokenizer)
+    first = backend.encode("a").ids[0]
+    for encoding in backend.encode_batch(texts, add_special_tokens=False):
+        tokens = np.asarray(encoding.ids, np.int32)
+        if not len(tokens):
+            yield _UnusableError("the chat template renders nothing for the conversation")
+            continue
+        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        if first == tokenizer.bos_token_id != tokens[0]:
+            tokens, offsets = np.insert(tokens, 0, first), np.insert(offsets, 0, 0, axis=0)
+        starts, ends = offsets.T
+        yield tokens, starts, ends
+
+
+def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer itself, which encodes on all cores and cuts and pads nothing."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _assistant_spans(
@@ -235,11 +304,6 @@ def _render(
     except Exception as error:  # a template may do anything
         raise _UnusableError(f"the chat template refuses the conversation: {error}") from error
     return str(text)
-
-
-def _encode(tokenizer: Any, text: str, **options: bool) -> BatchEncoding:
-    # verbose: the library would warn of texts over the model's window, which we cut.
-    return tokenizer(text, verbose=False, **options)
 
 
 def _cut(

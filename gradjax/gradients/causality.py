@@ -38,7 +38,8 @@ def contributing_tokens(
         choosing = needed.copy()  # queries with more than one token to see
         choosing[:, : 1 if window > 1 else None] = False
         seen = _seen(needed, window)
-        layers.append({"q": choosing, "k": _seen(choosing, window), "v": seen, "o": needed})
+        attention: Contributing = {"q": choosing, "k": _seen(choosing, window), "v": seen}
+        layers.append(attention | dict.fromkeys(("o", "gate", "up", "down"), needed))
         needed = seen
     return layers[::-1]
 

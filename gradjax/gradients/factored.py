@@ -31,7 +31,7 @@ from gradjax.model.parallel import (
 )
 from gradjax.model.parameters import block_parameters, model_parameters
 from gradjax.sharding import EVERYWHERE, EXAMPLES, platform
-from gradjax.structs import Factors, Projection
+from gradjax.structs import ATTENTION, Factors, Projection, factor_names
 
 # Target tokens and entries of the vocabulary whose logits exist at a time. On a CPU 128 tokens are
 # within a tenth of the two products alone, and few of a short answer's slots are filler; on a TPU
@@ -40,10 +40,11 @@ HEAD_CHUNKS = {"cpu": 128, "gpu": 512, "tpu": 512}
 VOCABULARY_CHUNK = 4096
 
 
-def attention_gradients(
+def layer_factors(
     model: Decoder,
     tokens: Int[Array, "B T"],
     targets: Bool[Array, "B T"],
+    projections: tuple[Projection, ...] = ATTENTION,
     lowest_layer: int = 0,
     *,
     keep_activations: bool = True,
@@ -57,6 +58,7 @@ def attention_gradients(
     Args:
       tokens: token ids, padded on the right.
       targets: true at the tokens that the loss is the mean over (paper, eq. 1).
+      projections: whose factors there are to be.
     """
     config, mesh, length = model.config, model.mesh, tokens.shape[1]
     ropes = decoder.layer_ropes(config, partial(_rope_tables, config, length))
@@ -80,7 +82,7 @@ def attention_gradients(
             if not isinstance(activations, BlockActivations):
                 _, activations = block_forward_on_mesh(mesh, config, block, activations, *rest)
             cotangent, factors = block_backward_on_mesh(
-                mesh, config, block, activations, cotangent, *rest
+                mesh, config, projections, block, activations, cotangent, *rest
             )
             del activations
             yield layer, factors
@@ -214,10 +216,11 @@ def block_forward_on_mesh(
     return _on_mesh(mesh, run, specs, out_specs)(block, x, rope)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 6))
+@partial(jax.jit, static_argnums=(0, 1, 2, 7))
 def block_backward_on_mesh(
     mesh: Mesh,
     config: DecoderConfig,
+    projections: tuple[Projection, ...],
     block: Block,
     kept: BlockActivations,
     cotangent: Array,
@@ -228,7 +231,7 @@ def block_backward_on_mesh(
     activations = activation_specs(mesh, config)
     block_specs = _block_specs(mesh, config, block)
     specs = (block_specs, activations, EXAMPLES, EVERYWHERE)
-    run = partial(block_backward, config, window=window)
+    run = partial(block_backward, config, projections, window=window)
     return _on_mesh(mesh, run, specs, EXAMPLES)(block, kept, cotangent, rope)
 
 
@@ -262,13 +265,14 @@ def activation_specs(mesh: Mesh, config: DecoderConfig) -> BlockActivations:
 
 def block_backward(
     config: DecoderConfig,
+    projections: tuple[Projection, ...],
     block: Block,
     kept: BlockActivations,
     cotangent: Float[Array, "B T D"],
     rope: Float[Array, "2 T half"],
     window: int | None,
 ) -> tuple[Float[Array, "B T D"], Factors]:
-    """The cotangent of a block's input, and the factors of its four projections."""
+    """The cotangent of a block's input, and the factors of some of its projections."""
     norm = partial(decoder.norm, config, block=block)
     matrices = {name: decoder.matrix(config, block, name) for name in decoder.MATRICES}
 
@@ -276,6 +280,7 @@ def block_backward(
         return jax.vjp(lambda x: norm(x, name=name), x)[1](cotangent)[0]
 
     delta = through_norm(kept.mlp_out, "mlp_post_norm", cotangent)
+    down = delta
     (hidden,) = from_stream(delta, matrices["down"])
     gate, up = jax.vjp(partial(layers.gated, config), kept.gate, kept.up)[1](hidden)
     hidden = to_stream((gate, matrices["gate"]), (up, matrices["up"]))
@@ -292,7 +297,12 @@ def block_backward(
     hidden = to_stream(*((own_columns(delta, matrix), matrix) for delta, matrix in pairs))
     normed, norm_vjp = jax.vjp(lambda x: norm(x, name="attention_norm"), kept.x)
     cotangent += norm_vjp(hidden)[0]
-    return cotangent, Factors(x_qkv=normed, x_o=attended, q=q, k=k, v=v, o=o)
+    # Of the MLP on a tensor group, all columns of own examples. What is not wanted is not computed.
+    own = {name: own_examples(y, matrices[name]) for name, y in (("gate", gate), ("up", up))}
+    gated = own_examples(layers.gated(config, kept.gate, kept.up), matrices["down"])
+    inputs = {"x_qkv": normed, "x_o": attended, "x_mlp": norm(kept.middle, name="mlp_norm")}
+    factors = inputs | own | {"x_down": gated, "q": q, "k": k, "v": v, "o": o, "down": down}
+    return cotangent, Factors(**{name: factors[name] for name in factor_names(projections)})
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import pandas as pd
 from gradjax.storage.results import ALL, RunValues, example_values
 
 SPECTRA = {"nuclear_norm": "Nuclear norm", "effective_rank": "Effective rank"}
-_ORDER = ("k", "q", "v", "o")  # of the paper's tables
+_ORDER = ("k", "q", "v", "o", "gate", "up", "down")  # attention's as in the paper's tables
 _SIMILARITIES = [
     *(("same_layer", pair) for pair in ("k-v", "q-o")),
     *(("cross_layer", projection) for projection in _ORDER),

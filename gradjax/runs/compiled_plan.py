@@ -46,9 +46,17 @@ def compile_plan(config: RunConfig, model: DecoderConfig, plan: Plan) -> Compile
     assert batch is not None
     mesh = make_mesh(plan.mesh, absent_devices(plan.device, math.prod(plan.mesh.values())))
     platform, route = plan.device.platform, resolved_route(config.spectra, plan.device.platform)
+    all_programs = programs(
+        model,
+        mesh,
+        batch.size,
+        batch.length,
+        config.dtype,
+        projections=config.spectra.projections,
+    )
     wanted = {
         name: program
-        for name, program in programs(model, mesh, batch.size, batch.length, config.dtype).items()
+        for name, program in all_programs.items()
         if program.part == "passes" or name.startswith(f"spectra_{route}")
     }
     found = {name: _compile(name, program, plan) for name, program in wanted.items()}

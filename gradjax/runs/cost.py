@@ -28,7 +28,7 @@ from gradjax.model.parameters import Parameter, all_parameters, axis_sizes, bloc
 from gradjax.sharding import AXES, TENSOR, split_axes
 from gradjax.spectra.batch import LAYERS_AHEAD
 from gradjax.spectra.decompose import decomposes_on_host, padded_side, resolved_route
-from gradjax.structs import TokenizedExample
+from gradjax.structs import TokenizedExample, factor_names, sharing_inputs
 
 # Share of a device's memory that kept activations may take; what is above that is recomputed.
 _ACTIVATIONS_SHARE = 0.25
@@ -193,16 +193,13 @@ def batch_memory(
     rows = batch.size // math.prod(mesh.values())
     tokens = rows * batch.length
     layers = config.layer_numbers(model.num_layers)
-    sizes = axis_sizes(model)
-    wide, narrow, width = sizes["Q"], sizes["C"], sizes["D"]
-    stream = tokens * width * itemsize
+    stream = tokens * model.hidden_size * itemsize
 
     activations = tokens * activation_bytes(model, itemsize)
     kept = (model.num_layers - min(layers)) * (activations if keep_activations else stream)
 
-    factors = tokens * (2 * width + 2 * wide + 2 * narrow) * itemsize
-    entries = sum(math.prod(_shape(model, p)) for p in config.projections)
-    gradients = 4 * rows * entries * layers_held(model, config)
+    factors = tokens * _factor_width(model, config) * itemsize
+    gradients = rows * gradient_bytes(model, config)
     alive = factors * min(LAYERS_AHEAD + 1, len(layers)) + gradients
 
     spaces = spaces or workspaces(model, config, batch, itemsize, mesh, platform)
@@ -210,6 +207,18 @@ def batch_memory(
     fullest = max(spaces["head"], spaces["block_backward"] + again, spaces["spectra"])
     weights = weight_bytes(model, itemsize, mesh)
     return Memory(weights, kept, alive, fullest + 2 * stream, _CODE.get(platform, 0))
+
+
+def gradient_bytes(model: DecoderConfig, config: SpectraConfig) -> int:
+    """Bytes of a row's gradients that exist at once."""
+    entries = sum(math.prod(_shape(model, p)) for p in config.projections)
+    return 4 * entries * layers_held(model, config)
+
+
+def _factor_width(model: DecoderConfig, config: SpectraConfig) -> int:
+    """Numbers per token in a layer's factors."""
+    inputs = sum(_shape(model, group[0])[1] for group in sharing_inputs(config.projections))
+    return inputs + sum(_shape(model, p)[0] for p in config.projections)
 
 
 def layers_held(model: DecoderConfig, config: SpectraConfig) -> int:
@@ -240,7 +249,9 @@ def workspaces(
     whole_table = itemsize * (math.prod(table.shape(model)) - _part(model, table, mesh))
     by_rows = split_axes(mesh, table.axes, table.shape(model))[table.axes.index("V")]
     stream = tokens * sizes["D"] * itemsize
-    mlp = tokens * sizes["F"] * itemsize * holds.mlp + stream * holds.mlp_stream
+    # What leaves as a factor is no workspace.
+    wide = sum(name in ("gate", "up", "x_down") for name in factor_names(config.projections))
+    mlp = tokens * sizes["F"] * itemsize * max(holds.mlp - wide, 0) + stream * holds.mlp_stream
     chunk = -(-batch.length // -(-batch.length // CHUNKS[platform]))
     scores = rows * model.num_heads * chunk**2 * holds.scores[itemsize < 4]
     attention = scores + stream * holds.attention_stream
@@ -259,16 +270,17 @@ def workspaces(
 def _spectra_workspace(
     model: DecoderConfig, config: SpectraConfig, rows: int, length: int, platform: str
 ) -> int:
-    route, sizes = resolved_route(config, platform), axis_sizes(model)
+    route = resolved_route(config, platform)
+    widest = max((_shape(model, p) for p in config.projections), key=sum)
     side = min(length, max(min(_shape(model, p)) for p in config.projections))
     if route == "gram" and not decomposes_on_host(platform):
         # Float64 copies of X and of one Δ, and the core on its way to its values: two there, and
         # two that cuSOLVER takes and no compiler counts.
-        return 8 * rows * (length * (sizes["D"] + sizes["Q"]) + 4 * side**2)
+        return 8 * rows * (length * sum(widest) + 4 * side**2)
     if route == "qr":
         # Of one row at a time: the operand twice, and its triangle.
         side = padded_side(side)
-        return 4 * side * (2 * max(sizes["D"], sizes["Q"]) + side)
+        return 4 * side * (2 * max(widest) + side)
     return 0
 
 
@@ -326,19 +338,19 @@ def program_flops(
 
 def spectra_flops(model: DecoderConfig, config: SpectraConfig, length: int) -> float:
     """Multiplications and additions of a row's singular values by the Gram route."""
-    total, shared = 0.0, 0.0
-    for projection in config.projections:
-        outputs, inputs = _shape(model, projection)
-        rank = min(length, outputs, inputs)
-        if length <= min(outputs, inputs):
-            # q, k and v share XXᵀ and its factor.
-            first = 2 * length**2 * inputs + length**3 / 3
-            total += first if projection == "o" or not shared else 0
-            shared = first if projection != "o" else shared
-            total += 2 * length**2 * outputs + 4 * length**3
-        else:
-            total += 2 * length * outputs * inputs + 2 * rank * outputs * inputs
-        total += 4 / 3 * rank**3
+    total = 0.0
+    for group in sharing_inputs(config.projections):
+        shared = False  # XXᵀ and its factor
+        for projection in group:
+            outputs, inputs = _shape(model, projection)
+            rank = min(length, outputs, inputs)
+            if length <= min(outputs, inputs):
+                total += 0 if shared else 2 * length**2 * inputs + length**3 / 3
+                total += 2 * length**2 * outputs + 4 * length**3
+                shared = True
+            else:
+                total += 2 * length * outputs * inputs + 2 * rank * outputs * inputs
+            total += 4 / 3 * rank**3
     return total * len(config.layer_numbers(model.num_layers))
 
 

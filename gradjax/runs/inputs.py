@@ -1,8 +1,9 @@
 """What a run starts from: the model's config, its tokenizer, and every row as tokens."""
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,17 @@ from transformers import PreTrainedTokenizerFast
 
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.resolve import DEMO, Checkpoint, load_tokenizer, resolve
-from gradjax.config import RunConfig
+from gradjax.config import RunConfig, TokenConfig
 from gradjax.data.examples import to_example
-from gradjax.data.sources import Source, describe_rows, parse_data_flags, read_rows
-from gradjax.data.tokens import check_tokenizer, check_vocabulary, describe, tokenize
+from gradjax.data.sources import Source, describe_rows, parse_data_flags, stream_rows
+from gradjax.data.texts import Texts
+from gradjax.data.tokens import (
+    ENCODED_TOGETHER,
+    check_tokenizer,
+    check_vocabulary,
+    describe,
+    tokenize_rows,
+)
 from gradjax.data.usable import report_ignored, report_usable
 from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
@@ -24,7 +32,7 @@ from gradjax.model.config import DecoderConfig
 from gradjax.model.parameters import count_parameters
 from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.store import NOTHING, FinishedRow, Found, Key, Store, find_run
-from gradjax.structs import Example, Status, TokenizedExample
+from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
 
 _LONGEST_NAME = 100  # characters of a default directory
 
@@ -37,10 +45,19 @@ class Inputs:
     model: DecoderConfig
     tokenizer: PreTrainedTokenizerFast
     data: dict[str, dict[str, Any]]  # by group: source, number of rows, hash
-    tokenized: list[TokenizedExample]
+    tokenized: list[TokenizedExample]  # without texts
+    texts: Texts  # by position
+    first: dict[str, int]  # position of each group's first row
     directory: str | Path  # the store's, a URL as str
     found: Found  # what the store holds
     finished: frozenset[int]  # positions in `tokenized` of the rows among that
+
+    def with_texts(self, result: ExampleResult) -> ExampleResult:
+        """A result whose row has its question and answer again."""
+        row = result.tokenized
+        position = self.first[row.example.group] + row.example.example_id
+        whole = self.texts.restore(position, row.example)
+        return dataclasses.replace(result, tokenized=dataclasses.replace(row, example=whole))
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -61,22 +78,55 @@ def read_inputs(config: RunConfig) -> Inputs:
         directory = default_directory(checkpoint.name, sources)
         found = _find(config, directory)
     data: dict[str, dict[str, Any]] = {}
-    tokenized = []
+    tokenized: list[TokenizedExample] = []
+    texts, first = Texts(), {}
     for source in sources:
-        source_rows = read_rows(source, config.limit)
-        data[source.group] = describe_rows(source, source_rows)
-        for number, row in enumerate(source_rows):
-            example = to_example(row, source.group, number, source.reading)
-            before = found.finished.get((source.group, number))
-            if before and before.row_hash == example.row_hash:
-                tokenized.append(_finished_before(example, before))
-            else:
-                tokenized.append(tokenize(example, tokenizer, config.tokens))
-        own = tokenized[len(tokenized) - len(source_rows) :]
+        rows = enumerate(stream_rows(source, config.limit))
+        examples = (to_example(row, source.group, number, source.reading) for number, row in rows)
+        own = [*_tokenized(examples, found, tokenizer, config.tokens, texts)]
+        data[source.group] = describe_rows(source, [row.example.row_hash for row in own])
         data[source.group] |= _report_rows(source.group, own, model.max_positions)
+        first[source.group] = len(tokenized)
+        tokenized += own
     check_vocabulary(tokenized, model.vocab_size)
     finished = _finished_positions(directory, found, tokenized)
-    return Inputs(checkpoint, model, tokenizer, data, tokenized, directory, found, finished)
+    return Inputs(
+        checkpoint, model, tokenizer, data, tokenized, texts, first, directory, found, finished
+    )
+
+
+def _tokenized(
+    examples: Iterator[Example],
+    found: Found,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: TokenConfig,
+    texts: Texts,
+) -> Iterator[TokenizedExample]:
+    """The rows as tokens; their texts go into `texts`."""
+
+    def finished(example: Example) -> FinishedRow | None:
+        before = found.finished.get((example.group, example.example_id))
+        return before if before and before.row_hash == example.row_hash else None
+
+    while together := list(itertools.islice(examples, ENCODED_TOGETHER)):
+        new = (example for example in together if not finished(example))
+        tokenized = tokenize_rows(new, tokenizer, settings)
+        rows = []
+        for example in together:
+            before = finished(example)
+            rows.append(_finished_before(example, before) if before else next(tokenized))
+        yield from _packed(rows, texts)
+
+
+def _packed(rows: list[TokenizedExample], texts: Texts) -> Iterator[TokenizedExample]:
+    """The rows without texts, their tokens and targets in one array each: small in memory."""
+    tokens = np.concatenate([row.tokens for row in rows])
+    targets = np.concatenate([row.targets for row in rows])
+    end = 0
+    for row in rows:
+        start, end = end, end + row.num_tokens
+        own = {"tokens": tokens[start:end], "targets": targets[start:end]}
+        yield dataclasses.replace(row, example=texts.append(row.example), **own)
 
 
 def _find(config: RunConfig, directory: str | Path) -> Found:
@@ -176,6 +226,8 @@ def _finished_positions(
     Raises:
       GradjaxError: if the store has rows that the data no longer has, or other ones.
     """
+    if not found.finished:
+        return frozenset()
     positions = {(t.example.group, t.example.example_id): i for i, t in enumerate(tokenized)}
     groups = {t.example.group for t in tokenized}
     finished = set()

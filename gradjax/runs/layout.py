@@ -12,8 +12,7 @@ from gradjax.data.batches import MAX_SHAPES, MULTIPLE, BatchSpec, batch_by_lengt
 from gradjax.device import Device
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
-from gradjax.model.parameters import block_parameters
-from gradjax.runs.cost import Plan, batch_flops, fits, layers_held, make_plan
+from gradjax.runs.cost import Plan, batch_flops, fits, gradient_bytes, make_plan
 from gradjax.runs.inputs import Inputs
 from gradjax.sharding import DATA, local_slots, parse_mesh
 from gradjax.structs import TokenizedExample
@@ -121,7 +120,7 @@ def batch_rows(
     specs = batch_by_length(
         lengths,
         batch_tokens or device.batch_tokens,
-        _most_rows(model, layers_held(model, config), device),
+        _most_rows(model, config, device),
         devices,
         max_shapes=shapes or MAX_SHAPES,
         shape_tokens=0 if shapes else _shape_tokens(model, config, lengths, device, devices),
@@ -189,8 +188,7 @@ def _shape_tokens(
     return share * device.compiling_flops * mean.length / flops
 
 
-def _most_rows(config: DecoderConfig, layers_held: int, device: Device) -> int:
-    """Examples whose whole float32 gradients of some layers fit their share of the memory."""
-    table = block_parameters(config, layer=0)
-    entries = sum(rows * columns for rows, columns in (table[p].shape(config) for p in "qkvo"))
-    return max(int(_GRADIENTS_SHARE * device.memory / (4 * entries * layers_held)), 1)
+def _most_rows(model: DecoderConfig, config: SpectraConfig, device: Device) -> int:
+    """Examples whose whole float32 gradients fit their share of the memory."""
+    row = gradient_bytes(model, config)
+    return max(int(_GRADIENTS_SHARE * device.memory / row), 1)

@@ -33,7 +33,7 @@ from gradjax.spectra.decompose import (
     row_triangle,
 )
 from gradjax.spectra.singular_values import PANEL
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION, Projection
 
 # What each device computes of its own examples, without any other.
 PER_EXAMPLE = ("mask_factors", "form_gradients", "entry_measures", "cosine")
@@ -69,6 +69,7 @@ def programs(
     length: int,
     dtype: DTypeLike = jnp.float32,
     platform: str | None = None,
+    projections: tuple[Projection, ...] = ATTENTION,
 ) -> dict[str, Program]:
     """Every program that a batch [rows, length] may take, by name.
 
@@ -76,6 +77,7 @@ def programs(
       rows: of all devices together.
       platform: `cpu`, `gpu` or `tpu`, whose routes to singular values are taken; that of the
         mesh's devices if None.
+      projections: whose gradients are measured.
     """
     platform = platform or str(mesh.devices.flat[0].platform)
     decoder = abstract_decoder(config, mesh, dtype)
@@ -89,7 +91,8 @@ def programs(
         return jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=spec), tree)
 
     tokens = array(rows, length, dtype=jnp.int32)
-    masks = {p: array(rows, length, dtype=jnp.bool_) for p in PROJECTIONS}
+    mask = array(rows, length, dtype=jnp.bool_)
+    masks = dict.fromkeys(projections, mask)
     x = array(rows, length, config.hidden_size)
     rope = array(2, length, config.head_dim // 2, dtype=jnp.float32, spec=EVERYWHERE)
     window = layer_windows(config, length)[0]
@@ -102,23 +105,26 @@ def programs(
     specs: Any = factored.activation_specs(mesh, config)
     kept = BlockActivations(*map(place, kept, specs))
     backward = Program(
-        factored.block_backward_on_mesh, (mesh, config, block, kept, x, rope, window)
+        factored.block_backward_on_mesh, (mesh, config, projections, block, kept, x, rope, window)
     )
     factors = place(backward.results()[1])
-    formed = Program(measures.form_gradients, (factors, PROJECTIONS))
+    formed = Program(measures.form_gradients, (factors, projections))
     gradients, scales = place(formed.results())
     angles = jax.jit(
         rope_tables,
         static_argnums=(0, 1),
         out_shardings=NamedSharding(mesh, EVERYWHERE),
     )
-    head = (mesh, config, final, table, x, tokens, masks["q"])
+    head = (mesh, config, final, table, x, tokens, mask)
     # As if all tokens were targets.
     head_chunks = -(-rows * length // mesh.size // HEAD_CHUNKS[platform])
 
     per_layer = partial(Program, calls=layers)
     chunks = -(-length // CHUNKS[platform])
     through_block = partial(per_layer, turns=(chunks - 1) / 2)  # key chunks before a query chunk
+    widest = max(projections, key=lambda projection: gradients[projection].size)
+    # Two within a layer, and of each projection with the layer above.
+    cosines = (2 + len(projections)) * layers
     found = {
         "rope_tables": Program(angles, (config, length)),
         "embed": Program(factored.embed_on_mesh, (mesh, config, embedding, tokens)),
@@ -129,13 +135,18 @@ def programs(
         "form_gradients": per_layer(formed.function, formed.arguments),
         "entry_measures": per_layer(measures.entry_measures, (gradients, scales)),
         # The largest of a layer's cosines: two within it, four with the layer above.
-        "cosine": Program(measures.cosine, (gradients["q"], gradients["o"]), calls=6 * layers),
+        "cosine": Program(measures.cosine, (gradients[widest], gradients[widest]), calls=cosines),
     }
     if "gram" in allowed_routes(platform):
-        gram = (mesh, PROJECTIONS, factors, (gradients, scales))
+        gram = (mesh, projections, factors, (gradients, scales))
         found["spectra_gram"] = per_layer(device_values, gram, "spectra", float64=True)
     # Of each row X and Δ of all projections, or the gradients that are not square.
-    matrix, each = (factors.q, 6) if length <= config.hidden_size else (gradients["k"], 2)
+    matrices = [array for array in factors if array is not None]
+    if length > config.hidden_size:
+        matrices = [g for g in gradients.values() if g.shape[1] != g.shape[2]] or [
+            *gradients.values()
+        ]
+    matrix, each = max(matrices, key=lambda matrix: matrix.size), len(matrices)
     of_rows = partial(Program, part="spectra", calls=each * layers * rows // mesh.size)
     operand = of_rows(row_operand, (mesh, matrix, None, 0))
     unit = place(operand.results()[0])
@@ -148,9 +159,9 @@ def programs(
         "spectra_qr_product": of_rows(row_product, (mesh, core, core)),
     }
     if mesh.size == mesh.shape[DATA]:  # it needs all weights on each device
-        arguments = (decoder, tokens, masks["q"], tuple(range(layers)), PROJECTIONS)
+        arguments = (decoder, tokens, mask, tuple(range(layers)), projections)
         found["dense_gradients"] = Program(dense.dense_gradients, arguments, "dense")
-    arguments = (mesh, gradients["q"])
+    arguments = (mesh, gradients[widest])
     found["spectra_dense"] = per_layer(dense_singular_values, arguments, "dense")
     return found
 

@@ -87,7 +87,7 @@ def run(config: RunConfig) -> str | Path:
         left = unfinished(batches, finished, batch_among)
         waiting = [tokenized[row] for batch in left for row in local_rows(mesh, batch)]
         unusable = [
-            ExampleResult(t, t.status, t.reason)
+            inputs.with_texts(ExampleResult(t, t.status, t.reason))
             for position, t in enumerate(tokenized)
             if t.status != "ok" and position not in finished and processes.index == 0
         ]
@@ -112,7 +112,8 @@ def run(config: RunConfig) -> str | Path:
                 store.append(unusable)
                 if decoder:
                     results = compute_results(decoder, tokenized, config.spectra, left, device)
-                    reported = with_progress(results, waiting)
+                    whole = ([*map(inputs.with_texts, batch)] for batch in results)
+                    reported = with_progress(whole, waiting)
                     with BackgroundWriter(store, config.store_singular_values) as writer:
                         for shard in shards(reported):
                             writer.append(shard)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from gradjax.config import Reading, SpectraConfig, as_directory
 from gradjax.errors import GradjaxError, did_you_mean
-from gradjax.structs import PROJECTIONS, Projection, Status
+from gradjax.structs import ATTENTION, Projection, Status
 
 # What is computed together, and the columns of scores/ that come of it.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -47,7 +47,7 @@ class ScoreConfig:
     limit: int | None = None  # rows per group
     run: str | None = None  # adds what a run of the same rows measured
     layers: str = "all"
-    projections: tuple[Projection, ...] = PROJECTIONS
+    projections: tuple[Projection, ...] = ATTENTION
     ifd_model: str = "gpt2"
     reward_model: str = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
     max_length: int | None = None  # tokens; None: the model's window
@@ -83,7 +83,7 @@ class ScoreConfig:
             if (value := getattr(self, name)) is not None and value < least:
                 raise GradjaxError(f"--{name}={value}: expected a number of at least {least}")
         SpectraConfig(layers=self.layers, projections=self.projections)  # or it says what is wrong
-        if not self.run and (self.layers, self.projections) != ("all", PROJECTIONS):
+        if not self.run and (self.layers, self.projections) != ("all", ATTENTION):
             raise GradjaxError("--layers and --projections are of --run, which is not given")
         self._require_judge()
 

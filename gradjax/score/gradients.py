@@ -9,7 +9,7 @@ import pandas as pd
 from gradjax.errors import GradjaxError
 from gradjax.storage.results import KEY, SPECTRAL, read_values
 from gradjax.storage.store import read_table
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION
 
 _STATISTICS = ("frobenius_norm", "spectral_norm", "mean", "max", "min")
 _NAMES = {name: f"entry_{name}" for name in ("mean", "max", "min")}  # of a gradient's entries
@@ -17,7 +17,7 @@ _COSINES = {"same_layer": "same_layer_cosine", "cross_layer": "cross_layer_cosin
 
 
 def run_scores(
-    directory: str | Path, layers: str = "all", projections: Sequence[str] = PROJECTIONS
+    directory: str | Path, layers: str = "all", projections: Sequence[str] = ATTENTION
 ) -> pd.DataFrame:
     """A run's numbers, one row per input row.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from gradjax.config import TokenConfig
 from gradjax.data.examples import is_single_turn
-from gradjax.data.tokens import tokenize
+from gradjax.data.tokens import tokenize_rows
 from gradjax.errors import GradjaxError
 from gradjax.score.config import FAMILIES, Score
 from gradjax.score.language_model import LanguageModel, mean_losses
@@ -81,7 +81,7 @@ def _with_instruction(
             "that or less."
         )
     settings = TokenConfig(max_length=max_length or model.window)
-    whole = [tokenize(example, model.tokenizer, settings) for example in examples]
+    whole = [*tokenize_rows(examples, model.tokenizer, settings)]
     for i, example in enumerate(examples):
         if example.status == "ok" and not is_single_turn(example.messages):
             reason = f"{len(example.messages)} turns have no plain form"

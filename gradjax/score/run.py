@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from gradjax.data.examples import to_example
-from gradjax.data.sources import Source, describe_rows, parse_data_flags, read_rows
+from gradjax.data.sources import Source, describe_rows, parse_data_flags, stream_rows
 from gradjax.data.usable import report_ignored, report_usable
 from gradjax.device import keep_compiled_programs
 from gradjax.errors import GradjaxError
@@ -133,12 +133,12 @@ def read_examples(config: ScoreConfig) -> tuple[list[Example], dict[str, dict[st
     """The rows, and by group their source, number and hash."""
     examples, data = [], {}
     for source, limit in _sources(config):
-        rows = read_rows(source, limit)
-        data[source.group] = describe_rows(source, rows)
-        examples += [
-            to_example(row, source.group, number, source.reading) for number, row in enumerate(rows)
+        own = [
+            to_example(row, source.group, number, source.reading)
+            for number, row in enumerate(stream_rows(source, limit))
         ]
-        own = examples[len(examples) - len(rows) :]
+        data[source.group] = describe_rows(source, [example.row_hash for example in own])
+        examples += own
         report_usable(source.group, [(e, e.status, e.reason) for e in own])
         if ignored := report_ignored(source.group, own):
             data[source.group]["ignored_columns"] = ignored

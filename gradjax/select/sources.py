@@ -18,7 +18,7 @@ from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.score.gradients import run_scores
 from gradjax.storage.directory import RUN, SCORES, Directory
 from gradjax.storage.results import KEY
-from gradjax.structs import PROJECTIONS, Example
+from gradjax.structs import ATTENTION, Example
 
 KEYS = [*KEY, "row_hash"]
 _COMMON = 0.1  # share of rows from which on a field of theirs is looked at unasked
@@ -45,7 +45,7 @@ def read_scored(
     data: Sequence[Source],
     by: Sequence[str],
     layers: str = "all",
-    projections: Sequence[str] = PROJECTIONS,
+    projections: Sequence[str] = ATTENTION,
     *,
     lengths: bool = False,
 ) -> Scored:
@@ -122,7 +122,7 @@ def chosen_rows(scored: Scored, chosen: np.ndarray) -> tuple[dict[int, bytes], d
 
 def _require_run_for(scores: Sequence[str], layers: str, projections: Sequence[str]) -> None:
     """Raises GradjaxError where some layers or projections are given, and no run to average."""
-    if (layers == "all" and tuple(projections) == PROJECTIONS) or any(map(_is_run, scores)):
+    if (layers == "all" and tuple(projections) == ATTENTION) or any(map(_is_run, scores)):
         return
     flag = f"--projections={','.join(projections)}" if layers == "all" else f"--layers={layers}"
     raise GradjaxError(

@@ -24,7 +24,7 @@ from gradjax.select.sources import KEYS, Scored, chosen_rows, read_scored
 from gradjax.select.summary import format_summary, summarize
 from gradjax.storage.directory import Directory, Kind
 from gradjax.storage.filesystem import WORK, LocalPlace
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION
 
 SUMMARY = "summary.json"
 REJECTED = "rejected.parquet"
@@ -45,7 +45,7 @@ class SelectConfig:
     scores: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     layers: str = "all"
-    projections: tuple[str, ...] = PROJECTIONS
+    projections: tuple[str, ...] = ATTENTION
     output_dir: str | None = None
     overwrite: bool = False
     reading: Reading = dataclasses.field(default_factory=Reading)

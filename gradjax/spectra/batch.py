@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from gradjax.gradients.causality import Contributing, contributing_tokens
 from gradjax.gradients.dense import dense_gradients
-from gradjax.gradients.factored import attention_gradients, mask_factors
+from gradjax.gradients.factored import layer_factors, mask_factors
 from gradjax.model.decoder import Decoder, layer_windows
 from gradjax.sharding import EXAMPLES, local_examples, local_slots, place_examples
 from gradjax.spectra import measures
@@ -113,10 +113,11 @@ def _factored_layers(
     assert settings.decompose is not None
     decompose, place = settings.decompose, partial(place_examples, model.mesh)
     contributing = _contributing(model, batch)
-    losses, layers = attention_gradients(
+    losses, layers = layer_factors(
         model,
         place(batch.tokens),
         place(batch.targets),
+        settings.projections,
         min(settings.layers),
         keep_activations=settings.keep_activations,
     )
@@ -125,7 +126,8 @@ def _factored_layers(
         for index, factors in layers:
             if index in settings.layers:
                 tokens = contributing[index]
-                factors = mask_factors(factors, {p: place(mask) for p, mask in tokens.items()})
+                masks = {p: place(tokens[p]) for p in settings.projections}
+                factors = mask_factors(factors, masks)
                 unit, scales = measures.form_gradients(factors, settings.projections)
                 wait = decompose(factors, (unit, scales), _own_rows(model.mesh, tokens))
                 yield _Layer(index, unit, scales, wait)

@@ -27,7 +27,7 @@ from gradjax.spectra.singular_values import (
     matrix_singular_values,
     triangle,
 )
-from gradjax.structs import Factors, Projection
+from gradjax.structs import Factors, Projection, sharing_inputs
 
 # Values per projection: one array [R] per example.
 Values = dict[Projection, list[np.ndarray]]
@@ -99,13 +99,6 @@ def decomposer(
             yield partial(_on_both, pool, mesh, projections)
 
 
-def _sharing_inputs(projections: tuple[Projection, ...]) -> list[tuple[Projection, ...]]:
-    """q, k and v have one input, o another."""
-    shared: tuple[Projection, ...] = tuple(p for p in projections if p != "o")
-    own: tuple[Projection, ...] = ("o",) if "o" in projections else ()
-    return [group for group in (shared, own) if group]
-
-
 def _fetch(pool: ThreadPoolExecutor, arrays: Any) -> Future[Any]:
     """This process's examples of a tree of arrays, once the devices have made them."""
     # A jax.Array lists its shards when first asked for them, and threads that ask at once can get a
@@ -128,7 +121,7 @@ class _Job(NamedTuple):
 def _jobs(
     projections: tuple[Projection, ...], gradients: Gradients, contributing: Contributing
 ) -> Iterator[_Job]:
-    for group in _sharing_inputs(projections):
+    for group in sharing_inputs(projections):
         smaller = {p: min(gradients[p].shape[1:]) for p in group}
         # Other tokens add nothing to G but a row to the core.
         for row, mask in enumerate(np.any([contributing[p] for p in group], axis=0)):
@@ -220,12 +213,12 @@ def device_values(
     mesh: Mesh, projections: tuple[Projection, ...], factors: Factors, formed: Formed
 ) -> dict[Projection, Float[Array, "B R"]]:
     """Singular values on the mesh, each device's of its own examples."""
-    tokens = factors.q.shape[1]
+    tokens = factors.batch_shape[1]
 
     def own(factors: Factors, formed: Formed) -> dict[Projection, Array]:
         gradients, scales = formed
         values = {}
-        for group in _sharing_inputs(projections):
+        for group in sharing_inputs(projections):
             few: list[Projection] = [p for p in group if tokens <= min(gradients[p].shape[1:])]
             if few:
                 deltas = [factors.of(projection)[1] for projection in few]
@@ -264,7 +257,8 @@ def _on_both(
     formed: Formed,
     contributing: Contributing,
 ) -> Callable[[], Values]:
-    length, rows = factors.q.shape[1], len(factors.q) // mesh.size  # of each device
+    rows, length = factors.batch_shape
+    rows //= mesh.size  # of each device
     futures: dict[tuple[Projection, int], Future] = {}
 
     def work(fetched: Future, projection: Projection, device: int, tokens: int) -> np.ndarray:
@@ -295,7 +289,7 @@ def _row_cores(
     mesh: Mesh, projections: tuple[Projection, ...], factors: Factors, formed: Formed, row: int
 ) -> dict[Projection, Float[Array, "_devices R R"]]:
     """Of one row of each device, matrices with the singular values of its gradients."""
-    length, cores = factors.q.shape[1], {}
+    length, cores = factors.batch_shape[1], {}
 
     def pick(matrix: Array, scale: Array | None = None) -> tuple[Array, Array]:
         return row_operand(mesh, matrix, scale, row)
@@ -305,7 +299,7 @@ def _row_cores(
         return row_triangle(mesh, unit, -(-min(matrix.shape[1:]) // PANEL)), scale
 
     with jax.default_matmul_precision("highest"):
-        for group in _sharing_inputs(projections):
+        for group in sharing_inputs(projections):
             shared = None
             for projection in group:
                 x, delta = factors.of(projection)

@@ -14,7 +14,7 @@ from absl import logging
 from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.storage.filesystem import whole_file
 from gradjax.storage.store import read_manifest, read_table
-from gradjax.structs import PROJECTIONS
+from gradjax.structs import ATTENTION, PROJECTIONS
 
 # Examples whose singular values are held at once.
 _CHUNK = 16
@@ -71,7 +71,8 @@ def _matrices(spectra: list[dict[str, Any]], shapes: dict[str, list[int]]) -> di
     for row in spectra:
         values = row["singular_values"]
         tail = [0.0] * (min(shapes[row["projection"]]) - len(values))
-        matrices[f"model.layers.{row['layer']}.self_attn.{row['projection']}_proj.weight"] = {
+        part = "self_attn" if row["projection"] in ATTENTION else "mlp"
+        matrices[f"model.layers.{row['layer']}.{part}.{row['projection']}_proj.weight"] = {
             "M_mean": row["mean"],
             "M_max": row["max"],
             "M_min": row["min"],
