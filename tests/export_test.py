@@ -9,6 +9,7 @@ import pytest
 from gradjax.config import RunConfig, SpectraConfig
 from gradjax.errors import GradjaxError
 from gradjax.runs.run import run
+from gradjax.storage import datascorer
 from gradjax.storage.reference import export
 from gradjax.storage.store import read_table
 
@@ -95,6 +96,52 @@ def test_matrices_of_the_mlp_are_named_as_its(store, tmp_path):
     ]
     assert len(row[names[1]]["S_list"]) == 96  # down is [96, F]
     assert list(row["cosine_sim"]) == ["o_proj", "down_proj"]
+
+
+def test_rows_come_in_order_whatever_the_shards(store, exported, monkeypatch, tmp_path):
+    """As of a run whose shards hold one row each, the last row first."""
+
+    def one_by_one(batches):
+        return ([result] for batch in batches for result in batch)
+
+    monkeypatch.setattr("gradjax.runs.run.shards", one_by_one)
+    config = RunConfig(
+        data=(str(store.parent / "rows.json"),),
+        output_dir=tmp_path / "run",
+        spectra=SpectraConfig(layers="0,2-3"),
+        batch_tokens=1,
+    )
+    directory = run(config)
+    assert len(list((directory / "spectra").glob("*.parquet"))) > 2
+    export(directory, "rows", tmp_path / "out.jsonl")
+    lines = (tmp_path / "out.jsonl").read_text("utf-8").split("\n")[:-1]
+    found = [json.loads(line) for line in lines]
+    assert [row["output"] for row in found] == [row["output"] for row in exported]
+    for one, other in zip(found, exported, strict=True):
+        assert one.keys() == other.keys()
+
+
+@pytest.mark.parametrize(
+    ("statistic", "name"),
+    [("effective_rank", "EffectiveRank"), ("nuclear_norm", "NuclearNorm")],
+)
+def test_rows_of_data_scorer(store, tmp_path, statistic, name):
+    """One per input row, means over layers, null where a row has no number."""
+    assert datascorer.export(store, "rows", tmp_path / "out.jsonl", statistic) == len(ROWS)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(len(ROWS)))
+    assert all(list(row)[1:] == [f"{p}_{name}" for p in "QKVO"] for row in rows)
+    spectra = read_table(store, "spectra").to_pandas()
+    expected = spectra.groupby(["example_id", "projection"])[statistic].mean()
+    for row in rows:
+        for p in "qkvo":
+            value = row[f"{p.upper()}_{name}"]
+            if row["id"] in (0, 2):
+                assert value == pytest.approx(expected[row["id"], p], rel=1e-12)
+            else:
+                assert value is None
+    with pytest.raises(GradjaxError, match=r"--group=rwos: .* has the groups rows"):
+        datascorer.export(store, "rwos", tmp_path / "other.jsonl", statistic)
 
 
 def test_loss_is_the_stored_one(exported, store):

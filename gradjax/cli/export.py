@@ -1,5 +1,6 @@
 """`gradjax export`: a group of a run in another tool's format."""
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -16,8 +17,18 @@ def _write_reference(directory: str | Path, group: str, output: Path) -> int:
     return export(directory, group, output)
 
 
+def _write_scores(statistic: str, directory: str | Path, group: str, output: Path) -> int:
+    from gradjax.storage.datascorer import export
+
+    return export(directory, group, output, statistic)
+
+
 # Each writes a group of a run to a file and returns the number of rows.
-FORMATS = {"reference": _write_reference}
+FORMATS = {
+    "reference": _write_reference,
+    "datascorer_effective_rank": partial(_write_scores, "effective_rank"),
+    "datascorer_nuclear_norm": partial(_write_scores, "nuclear_norm"),
+}
 RUN = "the directory that gradjax spectra wrote, or its URL (s3://, gs://)"
 GROUPS = {
     "What is exported": [
@@ -33,7 +44,10 @@ GROUPS = {
 }
 DETAILS = """
 The format `reference` is the file that the paper's plotting scripts read: one
-JSON object per `ok` row, in input order, cosines as whole matrices.
+JSON object per `ok` row, in input order, cosines as whole matrices. The two formats
+`datascorer_…` are the rows of ODA-DataScorer's EffectiveRankScorer and
+NuclearNormScorer: id (the row's number, from 0), Q_EffectiveRank and so on,
+means over the run's layers; null where a row has none.
 """
 
 
@@ -46,7 +60,7 @@ def main() -> None:
 
 COMMAND = Command(
     program="gradjax export",
-    summary="Writes a group of a run in the format of the paper's scripts.",
+    summary="Writes a group of a run in the format of the paper's scripts or ODA-DataScorer.",
     examples=("gradjax export --run=runs/demo --group=slow --output=slow.jsonl",),
     details=DETAILS,
     groups=GROUPS,

@@ -3,21 +3,25 @@
 One JSON object per `ok` row, in input order, cosines as whole matrices.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from gradjax.errors import GradjaxError, did_you_mean
+from gradjax.errors import GradjaxError
 from gradjax.storage.filesystem import whole_file
-from gradjax.storage.store import read_manifest, read_table
+from gradjax.storage.spool import Spool
+from gradjax.storage.store import read_shards, read_table, require_group
 from gradjax.structs import ATTENTION, PROJECTIONS
 
-# Examples whose singular values are held at once.
-_CHUNK = 16
+# Examples whose texts are held at once.
+_CHUNK = 256
 
 
 def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]]:
@@ -26,12 +30,7 @@ def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]
     Raises:
       GradjaxError: if there is no such run or group, or the run has no singular values.
     """
-    manifest = read_manifest(directory)
-    if group not in manifest["data"]:
-        raise GradjaxError(
-            f"--group={group}: {directory} has the groups {', '.join(manifest['data'])}"
-            f"{did_you_mean(group, manifest['data'])}"
-        )
+    manifest = require_group(directory, group)
     if not manifest["settings"]["store_singular_values"]:
         raise GradjaxError(
             f"{directory} was run with --nostore_singular_values, and the reference format needs "
@@ -42,28 +41,33 @@ def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]
     missing = manifest["data"][group]["rows"] - examples.num_rows
     if missing:
         logging.warning("%s is unfinished: %d rows of %s are missing", directory, missing, group)
-    usable = examples.filter(pc.field("status") == "ok").to_pylist()
-    for first in range(0, len(usable), _CHUNK):
-        chunk = usable[first : first + _CHUNK]
-        where = in_group & pc.field("example_id").isin([row["example_id"] for row in chunk])
-        spectra = _by_example(read_table(directory, "spectra", where=where).to_pylist())
-        similarity = _by_example(read_table(directory, "similarity", where=where).to_pylist())
-        for row in chunk:
-            example_id = row["example_id"]
+    # Shards are in the order in which rows were computed, and the file is in theirs.
+    gradients, places = Spool(), dict[int, int]()
+    shards = (read_shards(directory, name, where=in_group) for name in ("spectra", "similarity"))
+    for spectra, similarity in zip(*shards, strict=True):
+        cosines = dict(_by_example(similarity))
+        for example_id, rows in _by_example(spectra):
+            places[example_id] = len(gradients)
+            own = _matrices(rows, manifest["gradient_shapes"])
+            own |= _cosines(cosines.get(example_id, []), manifest["settings"])
+            gradients.append(json.dumps(own).encode("ascii"))
+    for batch in examples.filter(pc.field("status") == "ok").to_batches(_CHUNK):
+        for row in batch.to_pylist():
             yield {
                 "instruction": row["instruction"],
                 "output": row["output"],
                 "loss": row["loss"],
-                **_matrices(spectra[example_id], manifest["gradient_shapes"]),
-                **_cosines(similarity.get(example_id, []), manifest["settings"]),
+                **json.loads(gradients[places[row["example_id"]]]),
             }
 
 
-def _by_example(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    grouped: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        grouped.setdefault(row["example_id"], []).append(row)
-    return grouped
+def _by_example(table: pa.Table) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Each example's rows of a shard, where they stand together."""
+    ids = table["example_id"].to_numpy()
+    borders = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), len(ids)]
+    for start, end in itertools.pairwise(borders):
+        if start < end:
+            yield int(ids[start]), table.slice(start, end - start).to_pylist()
 
 
 def _matrices(spectra: list[dict[str, Any]], shapes: dict[str, list[int]]) -> dict[str, Any]:

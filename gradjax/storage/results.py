@@ -1,6 +1,7 @@
 """A store's numbers by example: what comparisons, tables and figures are made of."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from gradjax.config import SpectraConfig
 from gradjax.errors import GradjaxError, did_you_mean
-from gradjax.storage.store import read_manifest, read_table
+from gradjax.storage.store import TABLES, read_manifest, read_shards, read_table
 from gradjax.version import __version__
 
 SPECTRAL = ("nuclear_norm", "effective_rank", "normalized_effective_rank")
@@ -146,9 +147,14 @@ def group_means(directory: str | Path) -> pd.DataFrame:
     `("rows", "not used")` count.
     """
     examples = read_table(directory, "examples", ["group", "status", "loss"]).to_pandas()
-    columns = ["group", "layer", "projection", *_NUMBERS]
-    spectra = read_table(directory, "spectra", columns).to_pandas()
-    by_layer = spectra.groupby(["group", "layer", "projection"])[list(_NUMBERS)].mean()
+    where, numbers = ["group", "layer", "projection"], list(_NUMBERS)
+    # Shard by shard: a million rows have a hundred million matrices.
+    none = TABLES["spectra"].empty_table().select([*where, *numbers])
+    shards = itertools.chain([none], read_shards(directory, "spectra", [*where, *numbers]))
+    parts = [shard.to_pandas().groupby(where)[numbers].agg(["sum", "count"]) for shard in shards]
+    totals = pd.concat(parts).groupby(level=where).sum()
+    counts = totals.xs("count", axis="columns", level=1)
+    by_layer = totals.xs("sum", axis="columns", level=1) / counts.where(counts > 0)
     means = by_layer.groupby(["group", "projection"]).mean().unstack("projection")
     manifest = read_manifest(directory)
     order = [(n, p) for n in _NUMBERS for p in manifest["settings"]["projections"]]

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.filesystem import LocalPlace, RemotePlace, open_place
 from gradjax.structs import ExampleResult
@@ -278,6 +278,28 @@ def read_table(
     """
     place = open_place(directory)
     shards = [place.path(f"{table}/{name}") for name in _shards(place, "examples")]
+    return _read(place, table, shards, columns, where)
+
+
+def read_shards(
+    directory: str | Path,
+    table: str,
+    columns: list[str] | None = None,
+    where: pc.Expression | None = None,
+) -> Iterator[pa.Table]:
+    """`read_table` shard by shard: all rows of an example are in one, the same in every table."""
+    place = open_place(directory)
+    for name in _shards(place, "examples"):
+        yield _read(place, table, [place.path(f"{table}/{name}")], columns, where)
+
+
+def _read(
+    place: LocalPlace | RemotePlace,
+    table: str,
+    shards: list[str],
+    columns: list[str] | None,
+    where: pc.Expression | None,
+) -> pa.Table:
     with place.faults("read"):
         try:
             return ds.dataset(
@@ -285,9 +307,24 @@ def read_table(
             ).to_table(columns, where, fragment_readahead=1)  # a third less memory, no slower
         except pa.ArrowInvalid as error:
             raise GradjaxError(
-                f"{directory} has a damaged file in {table} ({error}); restore it, or run anew "
-                "with --overwrite"
+                f"{place.directory} has a damaged file in {table} ({error}); restore it, or run "
+                "anew with --overwrite"
             ) from error
+
+
+def require_group(directory: str | Path, group: str) -> dict[str, Any]:
+    """The manifest of a run that has a group.
+
+    Raises:
+      GradjaxError: if there is no such run or group.
+    """
+    manifest = read_manifest(directory)
+    if group not in manifest["data"]:
+        raise GradjaxError(
+            f"--group={group}: {directory} has the groups {', '.join(manifest['data'])}"
+            f"{did_you_mean(group, manifest['data'])}"
+        )
+    return manifest
 
 
 def finished_rows(directory: str | Path) -> dict[Key, FinishedRow]:

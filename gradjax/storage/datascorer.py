@@ -1,0 +1,56 @@
+"""A run in the row format of ODA-DataScorer's EffectiveRankScorer and NuclearNormScorer."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.compute as pc
+
+from gradjax.storage.filesystem import whole_file
+from gradjax.storage.store import read_shards, require_group
+
+SCORERS = {"effective_rank": "EffectiveRank", "nuclear_norm": "NuclearNorm"}
+
+
+def datascorer_rows(directory: str | Path, group: str, statistic: str) -> Iterator[dict[str, Any]]:
+    """One object per row of a group, in the order of the source.
+
+    `id` is the row's number, from 0; `Q_EffectiveRank` and its like are means over the run's layers
+    (ODA-DataScorer takes the last layer alone by default), null where a row has no number.
+
+    Args:
+      statistic: `effective_rank` or `nuclear_norm`.
+
+    Raises:
+      GradjaxError: if there is no such run or group.
+    """
+    manifest = require_group(directory, group)
+    columns = ["example_id", "projection", statistic]
+    parts = [
+        shard.to_pandas().groupby(["example_id", "projection"])[statistic].mean().unstack()
+        for shard in read_shards(directory, "spectra", columns, pc.field("group") == group)
+        if shard.num_rows
+    ]
+    projections = manifest["settings"]["projections"]
+    means = pd.concat(parts) if parts else pd.DataFrame()
+    means = means.reindex(index=range(manifest["data"][group]["rows"]), columns=projections)
+    names = [f"{projection.upper()}_{SCORERS[statistic]}" for projection in projections]
+    for number, values in zip(means.index, means.to_numpy().tolist(), strict=True):
+        known = (None if pd.isna(value) else value for value in values)
+        yield {"id": number, **dict(zip(names, known, strict=True))}
+
+
+def export(directory: str | Path, group: str, output: Path, statistic: str) -> int:
+    """Writes `datascorer_rows` as JSON lines, the whole file or none; returns their number.
+
+    Raises:
+      GradjaxError: as `datascorer_rows`, or if the file cannot be written.
+    """
+    count = 0
+    with whole_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in datascorer_rows(directory, group, statistic):
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            count += 1
+    return count

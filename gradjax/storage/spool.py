@@ -1,0 +1,30 @@
+"""Bytes that are needed once more, in another order, and are too many for the memory."""
+
+import tempfile
+import weakref
+from array import array
+
+
+class Spool:
+    """Pieces of bytes by position, in a nameless temporary file."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._ends = array("Q", [0])
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        return len(self._ends) - 1
+
+    def append(self, piece: bytes) -> None:
+        """Puts a piece behind the others."""
+        self._file.seek(0, 2)
+        self._file.write(piece)
+        self._ends.append(self._ends[-1] + len(piece))
+
+    def __getitem__(self, position: int) -> bytes:
+        """The piece at a position, from 0."""
+        start, end = self._ends[position : position + 2]
+        self._file.seek(start)
+        return self._file.read(end - start)
