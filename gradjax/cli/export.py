@@ -44,10 +44,11 @@ GROUPS = {
 }
 DETAILS = """
 The format `reference` is the file that the paper's plotting scripts read: one
-JSON object per `ok` row, in input order, cosines as whole matrices. The two formats
-`datascorer_…` are the rows of ODA-DataScorer's EffectiveRankScorer and
-NuclearNormScorer: id (the row's number, from 0), Q_EffectiveRank and so on,
-means over the run's layers; null where a row has none.
+JSON object per `ok` row, in input order, cosines as whole matrices.
+
+The formats `datascorer_...` are the rows of ODA-DataScorer's scorers
+EffectiveRankScorer and NuclearNormScorer: id (the row's number, from 0),
+Q_EffectiveRank and so on, means over the run's layers, null where none is.
 """
 
 
@@ -60,7 +61,7 @@ def main() -> None:
 
 COMMAND = Command(
     program="gradjax export",
-    summary="Writes a group of a run in the format of the paper's scripts or ODA-DataScorer.",
+    summary="Writes a group of a run in the format of another tool.",
     examples=("gradjax export --run=runs/demo --group=slow --output=slow.jsonl",),
     details=DETAILS,
     groups=GROUPS,
