@@ -243,6 +243,21 @@ class TestNextSteps:
         assert line == f"{expected} select '--scores=/a b' --data=s3://x/y '--by=m*2' --top=10%"
 
 
+def test_quiet_says_warnings_only_and_log_dir_writes_all(tmp_path):
+    arguments = ["spectra", "--limit=1", f"--output_dir={tmp_path}/run"]
+    loud = call(*arguments, f"--log_dir={tmp_path}/logs/deep")
+    assert loud.returncode == 0
+    (log,) = tmp_path.glob("logs/deep/gradjax-spectra.*.log.INFO.*")
+    for said in ("3 rows: 0 finished before, 3 to compute", "3 of 3 rows, 100 %"):
+        assert said in log.read_text()
+        assert said in loud.stderr
+    quiet = call(*arguments, "--overwrite", "--quiet")
+    assert quiet.returncode == 0
+    assert quiet.stderr == ""
+    assert quiet.stdout == loud.stdout
+    assert "--log_dir=/proc/x cannot be written" in refused(call(*arguments, "--log_dir=/proc/x"))
+
+
 def test_the_demo_ends_with_verdicts_and_a_page(tmp_path, monkeypatch, capsys, caplog):
     small = {"limit": 16, "spectra": SpectraConfig(layers="3")}
     monkeypatch.setattr(demo, "RunConfig", partial(RunConfig, **small))

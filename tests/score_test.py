@@ -367,3 +367,18 @@ def test_parts_of_a_metric_have_names_that_go_on(rows, tmp_path, monkeypatch):
     score(config(rows, directory))
     names = sorted(path.name for path in (directory / "parts" / "perplexity").iterdir())
     assert names == ["000000.parquet", "000001.parquet"]
+
+
+def test_python_scores_as_the_command_does(rows, tmp_path):
+    found = gradjax.score(
+        data=[f"g={rows}"],
+        metrics=["perplexity"],
+        ifd_model="demo",
+        output_dir=tmp_path / "python",
+        columns=["instruction=instruction"],
+    )
+    score(config(rows, tmp_path / "command", reading=Reading(columns=("instruction=instruction",))))
+    expected = table(tmp_path / "command")
+    pd.testing.assert_frame_equal(found.reset_index(drop=True), expected.reset_index(drop=True))
+    with pytest.raises(TypeError, match="nonsense"):
+        gradjax.score(data=[str(rows)], metrics=["perplexity"], nonsense=1)

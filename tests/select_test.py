@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import gradjax
 from benchmarks.made_up_runs import Group, write_run
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, read_rows, row_hash
@@ -682,3 +683,22 @@ class TestFaults:
         (tmp_path / "file").touch()
         with pytest.raises(GradjaxError, match=r"cannot write to .*file"):
             select(tmp_path / "file", scores=[scores], top=1)
+
+
+def test_python_selects_as_the_command_does(tmp_path):
+    rows = [{"instruction": "q", "output": "a" * n, "score": n} for n in range(1, 8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    written = gradjax.select(
+        data=[str(tmp_path / "rows.json")],
+        by="score",
+        top=2,
+        bottom="20%",
+        output_dir=str(tmp_path / "o"),
+    )
+    assert "2" in written.text
+    lines = (written.directory / "high.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["score"] for line in lines) == [6, 7]
+    with pytest.raises(GradjaxError, match=r"--top=0"):
+        gradjax.select(data=[str(tmp_path / "rows.json")], by="score", top=0)
+    with pytest.raises(TypeError, match="nonsense"):
+        gradjax.select(data=["x"], by="score", top=1, nonsense=2)

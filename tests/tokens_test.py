@@ -14,7 +14,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from gradjax.data.examples import to_example
-from gradjax.data.tokens import TokenConfig, check_tokenizer, describe, tokenize
+from gradjax.data.texts import Texts
+from gradjax.data.tokens import TokenConfig, check_tokenizer, describe, tokenize, tokenize_rows
 from gradjax.errors import GradjaxError
 from tests.tokenizers import BOS, END_OF_TURN, FAMILIES, make_tokenizer
 
@@ -524,3 +525,38 @@ def test_describe_shortens_long_stretches_but_keeps_the_border():
     assert len(text) < 2000
     empty = tokenize(to_example({}, "g", 0), tokenizer, CHAT)
     assert describe(empty, tokenizer) == ""
+
+
+@pytest.mark.parametrize("settings", [TokenConfig(), CHAT], ids=["plain", "chat"])
+def test_many_rows_are_what_each_is_alone(settings, monkeypatch):
+    monkeypatch.setattr("gradjax.data.tokens.ENCODED_TOGETHER", 3)
+    tokenizer = make_tokenizer("qwen2")
+    rows = [
+        pair("What?", "one"),
+        to_example({"instruction": "no answer"}, "g", 1),
+        chat("a", "b", "c", "d"),
+        pair("Ω ☃", "two two"),
+        pair("long " * 50, "three"),
+        pair("", "ünï"),
+        pair("What?", "  "),
+    ]
+    found = list(tokenize_rows(iter(rows), tokenizer, settings))
+    assert [row.example for row in found] == rows
+    for row, example in zip(found, rows, strict=True):
+        alone = tokenize(example, tokenizer, settings)
+        assert (row.status, row.reason) == (alone.status, alone.reason)
+        np.testing.assert_array_equal(row.tokens, alone.tokens)
+        np.testing.assert_array_equal(row.targets, alone.targets)
+
+
+def test_texts_wait_on_disk():
+    texts = Texts()
+    rows = [pair("Ω" * 9, "☃\ud800"), pair("", ""), pair("q", "a" * 10**5)]
+    bare = [texts.append(row) for row in rows]
+    assert not any(row.instruction or row.output or row.messages for row in bare)
+    for position in (2, 0, 1, 2):
+        restored = texts.restore(position, bare[position])
+        assert (restored.instruction, restored.output) == (
+            rows[position].instruction,
+            rows[position].output,
+        )

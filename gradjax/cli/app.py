@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from select import poll
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from gradjax.cli import convert, demo, export, prepare, report, score, select, spectra
-from gradjax.cli.command import Command, help_text, parse_flags
+from gradjax.cli.command import COMMON, Command, help_text, parse_flags
 from gradjax.errors import GradjaxError, did_you_mean, extras
 from gradjax.version import __version__
 
@@ -97,6 +97,7 @@ def start(
     def guarded(argv: list[str]) -> None:
         logging.get_absl_handler().python_handler.addFilter(_worth_saying)
         try:
+            _set_up_log(Path(argv[0]).name.replace(" ", "-"))
             with _output(), extras():
                 main(argv)
         except GradjaxError as error:
@@ -108,6 +109,22 @@ def start(
             )
 
     app.run(guarded, argv, flags_parser=parsed)
+
+
+def _set_up_log(name: str) -> None:
+    """Does what --quiet and --log_dir say."""
+    if COMMON.quiet:
+        logging.set_verbosity(logging.WARNING)
+    if directory := flags.FLAGS.log_dir:
+        flags.FLAGS.alsologtostderr = True
+        folder = Path(directory).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            logging.get_absl_handler().use_absl_log_file(name, str(folder))
+        except OSError as error:
+            raise GradjaxError(
+                f"--log_dir={directory} cannot be written ({error.strerror}); give another folder"
+            ) from error
 
 
 def _show(text: str) -> None:

@@ -25,10 +25,16 @@ Everywhere
   --flagfile=FILE
       takes flags from a file, one per line; where there is no such file, one
       that comes with gradjax, as configs/qwen2.5_1.5b.flags
-  --verbosity=-1
-      warnings only
+  --quiet
+      warnings only, as --verbosity=-1
+  --log_dir=DIR
+      writes the log into a file there, too
   --version
   --help, -h"""
+
+# Of every command, beside absl's own.
+COMMON = flags.FlagValues()
+flags.DEFINE_boolean("quiet", False, "warnings only", COMMON)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +124,7 @@ def parse_flags(
     # The same flag objects in one place: what is unknown here is a flag of neither.
     known = flags.FlagValues()
     known.append_flag_values(own)
+    known.append_flag_values(COMMON)
     for module, of_module in flags.FLAGS.flags_by_module_dict().items():
         for flag in of_module if module.startswith("absl.") else ():
             if flag.name not in known:
@@ -128,6 +135,7 @@ def parse_flags(
     except (flags.Error, ValueError) as error:
         raise GradjaxError(_sentence(error, known, own, program)) from error
     own.mark_as_parsed()
+    COMMON.mark_as_parsed()
     flags.FLAGS.mark_as_parsed()
     if len(rest) > 1:
         raise GradjaxError(f"unexpected argument {rest[1]!r}; expected flags only (--help)")
@@ -140,8 +148,9 @@ def _sentence(
     """What absl says of a wrong flag, as every other error of gradjax is said."""
     text = str(error)
     if isinstance(error, flags.UnrecognizedFlagError):
-        names = [*own, *(f"no{name}" for name in own if own[name].boolean)]
-        hint = did_you_mean(error.flagname, [*names, "flagfile", "verbosity", "version", "help"])
+        names = [*own, *(f"no{name}" for name in own if own[name].boolean), *COMMON]
+        names += ["flagfile", "log_dir", "verbosity", "version", "help"]
+        hint = did_you_mean(error.flagname, names)
         hint = hint.replace("mean ", "mean --")
         return f"--{error.flagname} is not a flag of {program}{hint}; --help shows all of them"
     if missing := re.findall(r"^flag --(\w+)=None: ", text, re.MULTILINE):

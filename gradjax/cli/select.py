@@ -4,8 +4,7 @@ from absl import flags
 
 from gradjax.cli.command import Command
 from gradjax.cli.data import define_data_flags
-from gradjax.config import Reading, select
-from gradjax.select.rule import MATCHING, Rule, parse_amount, parse_range, parse_terms
+from gradjax.select.rule import MATCHING
 from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
@@ -67,29 +66,9 @@ most rows have by a weak model).
 
 def main() -> None:
     """Selects, then prints the summary and where the files are."""
-    from gradjax.select.write import SelectConfig, write_selection
+    from gradjax.select.write import select_rows
 
-    rule = Rule(
-        by=parse_terms(FLAGS.by),
-        top=parse_amount("top", FLAGS.top),
-        bottom=parse_amount("bottom", FLAGS.bottom),
-        range=parse_range(FLAGS.range),
-        random=parse_amount("random", FLAGS.random),
-        match_length=FLAGS.match_length,
-        seed=FLAGS.seed,
-    )
-    written = write_selection(
-        SelectConfig(
-            rule,
-            scores=tuple(FLAGS.scores),
-            data=tuple(FLAGS.data),
-            reading=select(Reading, FLAGS.flag_values_dict()),
-            layers=FLAGS.layers,
-            projections=tuple(FLAGS.projections),
-            output_dir=FLAGS.output_dir,
-            overwrite=FLAGS.overwrite,
-        )
-    )
+    written = select_rows(**FLAGS.flag_values_dict())
     print(f"{written.text}\n\nThe selection is in {written.directory}")
 
 

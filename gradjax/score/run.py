@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from absl import logging
 from tqdm import tqdm
 
+from gradjax.config import Reading, select
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, describe_rows, parse_data_flags, stream_rows
 from gradjax.data.usable import report_ignored, report_usable
@@ -83,6 +84,29 @@ def score(config: ScoreConfig) -> Path | str:
             ours.write_manifest(manifest)
         place.put(TABLE, _parquet(_table(examples, found)))
     return directory
+
+
+def score_rows(**settings: Any) -> pd.DataFrame:
+    """Scores rows as `gradjax score` does, into `output_dir`, and reads the table.
+
+    Args:
+      **settings: as the flags of `gradjax score`: `data` and `metrics` (lists), `output_dir`,
+        `limit`, `run`, `ifd_model`, `judge_model` and so on. Called again, it goes on where it
+        stopped.
+
+    Returns:
+      One row per input row: group, example_id, row_hash, status, reason and the metrics.
+
+    Raises:
+      GradjaxError: for a fault of the settings, the data or a model.
+      TypeError: for an unknown setting.
+    """
+    reading = select(Reading, settings)
+    given: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()
+    }
+    own = {name: value for name, value in given.items() if name not in vars(reading)}
+    return read_scores(score(ScoreConfig(**own, reading=reading)))
 
 
 def plan(config: ScoreConfig) -> list[str]:

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from gradjax.config import Reading
+from gradjax.config import Reading, select
 from gradjax.data.examples import to_example
 from gradjax.data.sources import parse_data_flags
 from gradjax.errors import GradjaxError
 from gradjax.select.choose import HIGH, LOW, RANDOM, RANGE, Choice, choose
-from gradjax.select.rule import Rule
+from gradjax.select.rule import Rule, parse_amount, parse_range, parse_terms
 from gradjax.select.sources import KEYS, Scored, chosen_rows, read_scored
 from gradjax.select.summary import format_summary, summarize
 from gradjax.storage.directory import Directory, Kind
@@ -93,6 +93,42 @@ class Written:
 
     directory: Path
     text: str
+
+
+def select_rows(**settings: Any) -> Written:
+    """Selects rows as `gradjax select` does and writes them.
+
+    Args:
+      **settings: as the flags of `gradjax select`: `by`, `scores` and `data` (lists), `top`,
+        `bottom`, `random` (a number, or a share as in "10%"), `range`, `match_length`, `seed`,
+        `output_dir`, `overwrite` and so on.
+
+    Returns:
+      Where the selection is, and its summary as text.
+
+    Raises:
+      GradjaxError: for a fault of the settings, the scores or the rows.
+      TypeError: for an unknown setting.
+    """
+    reading = select(Reading, settings)
+    texts = {name: settings.get(name) for name in ("top", "bottom", "random", "range")}
+    top, bottom, random, span = (None if t is None else str(t) for t in texts.values())
+    rule = Rule(
+        by=parse_terms(settings["by"]),
+        top=parse_amount("top", top),
+        bottom=parse_amount("bottom", bottom),
+        range=parse_range(span),
+        random=parse_amount("random", random),
+        match_length=settings.get("match_length", False),
+        seed=settings.get("seed", 0),
+    )
+    read = {"by", *vars(rule), *vars(reading)}
+    own: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+        if name not in read
+    }
+    return write_selection(SelectConfig(rule, **own, reading=reading))
 
 
 def write_selection(config: SelectConfig) -> Written:
