@@ -18,6 +18,7 @@ from gradjax.config import RunConfig, SpectraConfig
 from gradjax.demo import mixed, train
 from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.score.config import ScoreConfig
+from gradjax.storage.results import group_means
 from gradjax.version import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,7 @@ class TestHelp:
         assert max(map(len, shown.splitlines())) <= 80
         assert shown.splitlines()[2] == f"  {command.examples[0]}"
         described = re.findall(r"^  --(?:\[no\])?(\w+)", shown, re.MULTILINE)
-        everywhere = ["flagfile", "verbosity", "version", "help"]
+        everywhere = ["flagfile", "log_dir", "quiet", "version", "help"]
         assert sorted(described) == sorted([*command.flags, *everywhere])
 
     def test_choices_defaults_and_what_is_required_are_shown(self):
@@ -256,6 +257,33 @@ def test_quiet_says_warnings_only_and_log_dir_writes_all(tmp_path):
     assert quiet.stderr == ""
     assert quiet.stdout == loud.stdout
     assert "--log_dir=/proc/x cannot be written" in refused(call(*arguments, "--log_dir=/proc/x"))
+
+
+def test_json_is_the_table_and_the_comparison(tmp_path):
+    rows = [{"instruction": f"{n} + 3 = ?", "output": f"{n + 3}"} for n in range(9)]
+    for name, some in (("high", rows[:4]), ("low", rows[4:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(some))
+    data = [f"--data={tmp_path}/{name}.json" for name in ("high", "low")]
+    flags = ["--model=demo", *data, "--layers=3", f"--output_dir={tmp_path}/run", "--json"]
+    done = call("spectra", *flags)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["directory"] == f"{tmp_path}/run"
+    assert said["rows_to_come"] == 0
+    assert {group: of["rows"] for group, of in said["groups"].items()} == {
+        "high": {"used": 4, "not_used": 0},
+        "low": {"used": 5, "not_used": 0},
+    }
+    table = group_means(tmp_path / "run")
+    for group, of in said["groups"].items():
+        assert of["loss"] == table.loc[group, ("loss", "")]
+        for measure in ("nuclear_norm", "effective_rank"):
+            expected = {p: table.loc[group, (measure, p)] for p in "qkvo"}
+            assert of[measure] == expected
+    comparison = {(row["statistic"], row["projection"]): row for row in said["comparison"]}
+    assert comparison["effective_rank", "all"]["comparison"] == "high:low"
+    assert comparison["effective_rank", "all"]["beyond_length"] in ("yes", "no", "undecided")
+    assert "--plan has none" in refused(call("spectra", "--json", "--plan"))
 
 
 def test_the_demo_ends_with_verdicts_and_a_page(tmp_path, monkeypatch, capsys, caplog):

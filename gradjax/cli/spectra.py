@@ -1,7 +1,8 @@
 """`gradjax spectra`: spectra of the gradients that single fine-tuning examples induce."""
 
+import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from absl import flags
 
@@ -43,6 +44,7 @@ STORE_VALUES = "store the singular values, not only what sums them up"
 PROCESS_ID = "which of them this one is, from 0"
 DTYPE = "number format of weights and activations"
 SEED = "seed of the random weights"
+JSON = "print the table of groups, and what sets two of them apart, as one JSON object"
 DTYPES, FORMATS = get_args(config.Dtype), get_args(config.PromptFormat)
 TRUNCATIONS, PAIRS = get_args(config.Truncation), get_args(config.LayerPairs)
 METHODS, ROUTES = get_args(config.SpectrumMethod), get_args(config.SpectrumRoute)
@@ -88,6 +90,7 @@ GROUPS = {
     "Output": [
         flags.DEFINE_string("output_dir", None, OUTPUT_DIR, FLAGS),
         flags.DEFINE_boolean("overwrite", False, "replace the run in --output_dir", FLAGS),
+        flags.DEFINE_boolean("json", False, JSON, FLAGS),
     ],
 }
 DETAILS = """
@@ -113,6 +116,10 @@ def run_config() -> config.RunConfig:
             f"--topology={values['topology']}: expected with --plan only; a run takes the devices "
             "that are here"
         )
+    if values["json"] and values["plan"]:
+        raise GradjaxError(
+            "--json shows a run's results, and --plan has none; leave one of them out"
+        )
     tokens = config.select(config.TokenConfig, values)
     spectra = config.select(config.SpectraConfig, values)
     reading = config.select(config.Reading, values)
@@ -133,6 +140,9 @@ def main() -> None:
     directory = run(wanted)
     if wanted.processes == "sharded" and jax.process_index():
         return  # sharded processes end together, and the first one speaks for them
+    if FLAGS.json:
+        print(json.dumps(summary(directory), allow_nan=False))
+        return
     if missing := rows_to_come(directory):
         print(f"This process is done; {missing} rows of the run's other processes are to come.")
     else:
@@ -147,6 +157,39 @@ def main() -> None:
             best = command_line("select", scores=directory, by="effective_rank", top="10%")
             print(f"\nIts rows by their gradients: {best}")
     print(f"\nThe store is in {directory}")
+
+
+def summary(directory: str | Path) -> dict[str, Any]:
+    """What `--json` prints; null where there is no number.
+
+    `groups` holds what the table shows; `comparison`, of two groups, the rows of the report's
+    comparisons.csv, if the extra `report` is installed.
+    """
+    from gradjax.storage.results import group_means, read_values, rows_to_come
+
+    table = group_means(directory)
+    groups: dict[str, Any] = {}
+    for group, row in table.iterrows():
+        said = groups.setdefault(str(group), {})
+        for measure, part in table.columns:
+            value = row[measure, part]
+            number = None if value != value else float(value)
+            number = int(number or 0) if measure == "rows" else number
+            if part:
+                said.setdefault(measure, {})[part.replace(" ", "_")] = number
+            else:
+                said[measure] = number
+    found = {"directory": str(directory), "rows_to_come": rows_to_come(directory), "groups": groups}
+    if len(table) == 2 and table["rows", "used"].all() and not found["rows_to_come"]:
+        try:
+            with extras():
+                from gradjax.report.compare import COLUMNS, adjusted, compare
+        except GradjaxError:
+            return found
+        high, low = map(str, table.index)
+        rows = adjusted([compare(read_values(directory), high, low)])[COLUMNS]
+        found["comparison"] = json.loads(rows.to_json(orient="records", double_precision=15))
+    return found
 
 
 def compared(directory: str | Path, high: str, low: str) -> str:
