@@ -2,7 +2,9 @@
 
 import dataclasses
 import datetime
+import errno
 import functools
+import os
 import re
 import unicodedata
 
@@ -560,3 +562,17 @@ def test_texts_wait_on_disk():
             rows[position].instruction,
             rows[position].output,
         )
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch):
+    class Full:
+        def close(self): ...
+
+        def seek(self, *_): ...
+
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gradjax.storage.spool.tempfile.TemporaryFile", Full)
+    with pytest.raises(GradjaxError, match=r"No space left on device\); .* TMPDIR"):
+        Texts().append(pair("q", "a"))

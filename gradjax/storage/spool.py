@@ -3,13 +3,22 @@
 import tempfile
 import weakref
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gradjax.errors import GradjaxError
 
 
 class Spool:
-    """Pieces of bytes by position, in a nameless temporary file."""
+    """Pieces of bytes by position, in a nameless temporary file.
+
+    Raises:
+      GradjaxError: from any call, if the temporary folder cannot be written.
+    """
 
     def __init__(self):
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        with _faults():
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._ends = array("Q", [0])
 
@@ -19,12 +28,25 @@ class Spool:
 
     def append(self, piece: bytes) -> None:
         """Puts a piece behind the others."""
-        self._file.seek(0, 2)
-        self._file.write(piece)
+        with _faults():
+            self._file.seek(0, 2)
+            self._file.write(piece)
         self._ends.append(self._ends[-1] + len(piece))
 
     def __getitem__(self, position: int) -> bytes:
         """The piece at a position, from 0."""
         start, end = self._ends[position : position + 2]
-        self._file.seek(start)
-        return self._file.read(end - start)
+        with _faults():
+            self._file.seek(start)
+            return self._file.read(end - start)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GradjaxError(
+            f"the temporary folder {tempfile.gettempdir()} cannot be written ({error.strerror}); "
+            "name one with room in the environment variable TMPDIR"
+        ) from error
