@@ -6,6 +6,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from gradjax.model.decoder import random_decoder
 from gradjax.runs import compilers, cost
 from gradjax.runs.compilers import Figures
 from gradjax.runs.cost import batch_flops, batch_memory, spectra_flops
+from gradjax.runs.inputs import read_inputs
 from gradjax.runs.programs import Program, abstract_decoder, programs
 from gradjax.runs.run import print_plan, run
 from gradjax.sharding import one_device, parse_mesh
@@ -124,6 +126,30 @@ def test_live_arrays_during_the_backward_pass_are_block_inputs_and_one_block(num
     stream = rows * length * model.hidden_size * 4
     rope = 4 * length * model.head_dim
     assert highest <= num_layers * stream + size + 2 * stream + 5 * tokens.size + rope
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"store_singular_values": False},
+        {"spectra": SpectraConfig(layers="1-2", projections=("q", "k", "down"), similarity="all")},
+    ],
+    ids=["all", "no values", "some"],
+)
+def test_disk_is_about_what_a_store_takes(tmp_path, changes):
+    config = RunConfig(output_dir=tmp_path / "run", **changes)
+    inputs = read_inputs(config)
+    planned = cost.disk_bytes(
+        inputs.model,
+        config.spectra,
+        inputs.tokenized,
+        inputs.texts.num_bytes,
+        singular_values=config.store_singular_values,
+    )
+    directory = Path(run(config))
+    files = [*directory.rglob("*.parquet")]
+    assert planned == pytest.approx(sum(file.stat().st_size for file in files), rel=0.25)
 
 
 @pytest.mark.parametrize("similarity", ["none", "adjacent", "all"])

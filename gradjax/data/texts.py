@@ -12,6 +12,11 @@ class Texts:
     def __init__(self):
         self._pieces = Spool()  # two to a row
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all texts."""
+        return self._pieces.num_bytes
+
     def append(self, example: Example) -> Example:
         """Takes the texts of the next row; returns the row without."""
         for text in (example.instruction, example.output):

@@ -28,8 +28,11 @@ from gradjax.model.parameters import Parameter, all_parameters, axis_sizes, bloc
 from gradjax.sharding import AXES, TENSOR, split_axes
 from gradjax.spectra.batch import LAYERS_AHEAD
 from gradjax.spectra.decompose import decomposes_on_host, padded_side, resolved_route
-from gradjax.structs import TokenizedExample, factor_names, sharing_inputs
+from gradjax.structs import SAME_LAYER_PAIRS, TokenizedExample, factor_names, sharing_inputs
 
+# Compressed bytes of a matrix's numbers, a singular value, a cosine and a byte of text in stores of
+# the embedded example and of WizardLM rows.
+_DISK_MATRIX, _DISK_VALUE, _DISK_COSINE, _DISK_TEXT = 43, 3.3, 6.6, 0.5
 # Share of a device's memory that kept activations may take; what is above that is recomputed.
 _ACTIVATIONS_SHARE = 0.25
 # JAX itself, the runtime and fragmentation.
@@ -146,6 +149,34 @@ def make_plan(
         shapes[fullest] if fullest else None,
         targets,
     )
+
+
+def disk_bytes(
+    model: DecoderConfig,
+    config: SpectraConfig,
+    tokenized: Sequence[TokenizedExample],
+    text_bytes: int,
+    *,
+    singular_values: bool,
+) -> int:
+    """About what a run's store takes.
+
+    Args:
+      text_bytes: of all rows' questions and answers.
+      singular_values: whether they are stored.
+    """
+    layers = len(config.layer_numbers(model.num_layers))
+    count = len(config.projections)
+    pairs = {"none": 0, "adjacent": layers - 1, "all": layers * (layers - 1) // 2}
+    within = sum(set(pair) <= set(config.projections) for pair in SAME_LAYER_PAIRS)
+    cosines = within * layers + count * pairs[config.similarity]
+    row = layers * count * _DISK_MATRIX + cosines * _DISK_COSINE
+    lengths = np.array([t.num_tokens for t in tokenized if t.status == "ok"], np.int64)
+    total = len(lengths) * row + text_bytes * _DISK_TEXT
+    if singular_values:
+        sides = [min(_shape(model, projection)) for projection in config.projections]
+        total += _DISK_VALUE * layers * sum(int(np.minimum(lengths, s).sum()) for s in sides)
+    return int(total)
 
 
 def shapes_of(batches: Iterable[BatchSpec]) -> dict[tuple[int, int], BatchSpec]:
@@ -378,7 +409,7 @@ def _rate(work: Callable[[], object], flops: float) -> float:
     return flops / float(np.median(seconds))
 
 
-def format_plan(plan: Plan, dtype: str, seconds: float) -> str:
+def format_plan(plan: Plan, dtype: str, seconds: float, disk: int) -> str:
     """The plan for a terminal."""
     devices = math.prod(plan.mesh.values())
     mesh = ",".join(f"{axis}:{plan.mesh[axis]}" for axis in AXES)
@@ -408,6 +439,7 @@ def format_plan(plan: Plan, dtype: str, seconds: float) -> str:
             ),
             f"devices     {devices} ({mesh}) of {plan.device.kind}, {dtype}",
             *format_memory(parts),
+            f"disk        {_size(disk)}, about, for all rows",
             f"spectra     {plan.route}",
             f"work        {plan.flops:.2e} FLOPs, {plan.spectra_flops:.2e} of spectra",
             f"time        {time}",

@@ -24,7 +24,7 @@ from gradjax.model.parallel import log_unsplit
 from gradjax.runs.compiled_plan import compile_plan, format_compiled
 from gradjax.runs.compilers import missing_compiler
 from gradjax.runs.compute import compute_results
-from gradjax.runs.cost import Plan, estimated_seconds, format_plan, require_fit
+from gradjax.runs.cost import Plan, disk_bytes, estimated_seconds, format_plan, require_fit
 from gradjax.runs.inputs import (
     Inputs,
     log_first_example,
@@ -171,7 +171,14 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
     # Of a whole run, whatever a store holds of it.
     inputs = read_inputs(dataclasses.replace(config, overwrite=True))
     planned = lay_out(config, inputs, device, devices)
-    print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype)))
+    disk = disk_bytes(
+        inputs.model,
+        config.spectra,
+        inputs.tokenized,
+        inputs.texts.num_bytes,
+        singular_values=config.store_singular_values,
+    )
+    print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype), disk))
     print(format_shapes(config, inputs, planned))
     if unusable := describe_unusable((t.example, t.status, t.reason) for t in inputs.tokenized):
         print(f"not usable  {unusable}")

@@ -26,6 +26,11 @@ class Spool:
         """How many pieces there are."""
         return len(self._ends) - 1
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all pieces."""
+        return self._ends[-1]
+
     def append(self, piece: bytes) -> None:
         """Puts a piece behind the others."""
         with _faults():
