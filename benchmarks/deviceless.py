@@ -14,6 +14,7 @@ the peak rate, the least possible.
 """
 
 import math
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,8 +47,9 @@ def main(_: list[str]) -> None:
     """Prints a table per number of tokens and dtype."""
     values = flags.FLAGS
     topology = values.topology or _TOPOLOGIES[values.platform]
-    kind, grid = topology.split(":")
-    chips = math.prod(map(int, grid.split("x")))
+    if not (parts := re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)):
+        raise GradjaxError(f"--topology={topology}: expected as in v5e:2x4, v5p:2x2x1 or h100:8")
+    kind, chips = parts[1], math.prod(map(int, parts[2].split("x")))
     sizes = parse_mesh(values.mesh)
     if (count := math.prod(sizes.values())) > chips:
         raise GradjaxError(f"--mesh={values.mesh}: --topology={topology} has {chips} devices")

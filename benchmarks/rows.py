@@ -1,22 +1,22 @@
 """How fast rows become tokens, and what they hold in memory.
 
-  python -m benchmarks.rows --model=DIR --rows=20000
+  python -m benchmarks.rows --model=DIR --data=rows.json --rows=8000
 
-Rows are drawn from the words of the embedded word problems, a third of them the prompt's. Beside
-gradjax's way stands the plain one: two calls of the tokenizer for each row, as the paper's code has
-it. Memory is what Python holds of a run's rows once they are read, beyond token ids (4 bytes) and
-target marks (1 byte).
+Beside gradjax's way stands the plain one: two calls of the tokenizer for each row, as the paper's
+code has it. Both read the same rows, repeated until there are enough. Memory is what Python holds
+of a run's rows once they are read, beyond token ids (4 bytes) and target marks (1 byte).
 """
 
+import itertools
 import json
-import random
-import re
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import flags
 from transformers import PreTrainedTokenizerFast
 
@@ -29,34 +29,23 @@ from gradjax.data.tokens import tokenize_rows
 from gradjax.runs.inputs import read_inputs
 
 flags.DEFINE_string("model", "demo", "whose tokenizer")
-flags.DEFINE_integer("rows", 20_000, "rows")
-flags.DEFINE_integer("words", 210, "of a row")
+flags.DEFINE_multi_string("data", ["demo"], "as of gradjax spectra")
+flags.DEFINE_integer("rows", 8_000, "rows")
 
 
-def make_rows(count: int, words: int) -> list[dict[str, str]]:
-    """Rows of different words in random order."""
-    draw, problems = random.Random(0), parse_data_flags(["demo"])
-    texts = " ".join(json.dumps(row) for group in problems for row in read_rows(group))
-    known = sorted(set(re.findall(r"[a-zA-Z]+|\d+", texts)))
-    return [
-        {
-            "instruction": " ".join(draw.choices(known, k=words // 3)),
-            "output": " ".join(draw.choices(known, k=words - words // 3)),
-        }
-        for _ in range(count)
-    ]
-
-
-def one_at_a_time(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> int:
+def one_at_a_time(tokenizer: PreTrainedTokenizerFast, rows: list[Any]) -> int:
     """Tokens of all rows, by two calls of the tokenizer for each."""
     total = 0
-    for row in rows:
-        total += len(tokenizer(f"{row['instruction']}\n{row['output']}").input_ids)
-        _ = len(tokenizer(f"{row['instruction']}\n").input_ids)
+    for number, row in enumerate(rows):
+        example = to_example(row, "rows", number)
+        prompt = f"{example.instruction}\n"
+        tokens = np.asarray(tokenizer(prompt + example.output).input_ids, np.int32)
+        targets = np.arange(len(tokens)) >= len(tokenizer(prompt).input_ids)
+        total += len(targets)
     return total
 
 
-def together(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> int:
+def together(tokenizer: PreTrainedTokenizerFast, rows: list[Any]) -> int:
     """Tokens of all rows, as gradjax reads and encodes them."""
     examples = (to_example(row, "rows", number) for number, row in enumerate(rows))
     found = tokenize_rows(examples, tokenizer, TokenConfig())
@@ -70,7 +59,7 @@ def timed(way: Callable[..., int], *arguments: object) -> tuple[int, float, floa
     return found, time.perf_counter() - began, time.process_time() - worked
 
 
-def held_bytes(model: str, rows: list[dict[str, str]]) -> float:
+def held_bytes(model: str, rows: list[Any]) -> float:
     """Bytes a row that a run holds beyond tokens and targets, of rows read from a file."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
@@ -88,18 +77,15 @@ def main(_argv: list[str]) -> None:
     """Prints rows per second of both ways, their ratio, and bytes a row."""
     values = flags.FLAGS
     tokenizer = load_tokenizer(resolve(values.model).directory)
-    rows = make_rows(values.rows, values.words)
-    few = rows[: max(len(rows) // 10, 1)]
-    tokens, *plain = timed(one_at_a_time, tokenizer, few)
+    own = [row for source in parse_data_flags(values.data) for row in read_rows(source)]
+    rows = list(itertools.islice(itertools.cycle(own), values.rows))
+    tokens, *plain = timed(one_at_a_time, tokenizer, rows)
     _, *ours = timed(together, tokenizer, rows)
-    rates = len(few) / plain[0], len(rows) / ours[0]
-    print(f"{tokens / len(few):.0f} tokens a row")
-    for name, rate, seconds, count in (
-        ("one at a time", rates[0], plain[1], len(few)),
-        ("together", rates[1], ours[1], len(rows)),
-    ):
-        print(f"{name:14} {rate:8,.0f} rows/s {1e3 * seconds / count:7.3f} ms of a core a row")
-    print(f"{rates[1] / rates[0]:.1f} × as fast")
+    print(f"{tokens / len(rows):.0f} tokens a row")
+    for name, (clock, cores) in (("one at a time", plain), ("together", ours)):
+        rate, each = len(rows) / clock, 1e3 * cores / len(rows)
+        print(f"{name:14} {rate:8,.0f} rows/s {each:7.3f} ms of a core a row")
+    print(f"{plain[0] / ours[0]:.1f} × as fast")
     print(f"{held_bytes(values.model, rows):,.0f} bytes a row beyond tokens and targets")
 
 

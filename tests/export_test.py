@@ -119,6 +119,10 @@ def test_rows_come_in_order_whatever_the_shards(store, exported, monkeypatch, tm
     assert [row["output"] for row in found] == [row["output"] for row in exported]
     for one, other in zip(found, exported, strict=True):
         assert one.keys() == other.keys()
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        for name in (name for name in one if name.startswith("model.")):
+            norms = one[name]["frobenius_norm"], other[name]["frobenius_norm"]
+            assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(

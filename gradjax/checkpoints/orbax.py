@@ -22,7 +22,7 @@ from gradjax import sharding
 from gradjax.errors import GradjaxError, first_line
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
-from gradjax.model.parallel import weight_sharding
+from gradjax.model.parallel import abstract_weights
 from gradjax.model.parameters import all_parameters
 from gradjax.version import __version__
 
@@ -78,14 +78,7 @@ def load_converted(
     """
     _check_arrays(directory / _WEIGHTS, config)
     mesh = mesh or sharding.one_device()
-    wanted = {
-        path: jax.ShapeDtypeStruct(
-            parameter.shape(config),
-            jnp.dtype(dtype),
-            sharding=weight_sharding(mesh, config, parameter),
-        )
-        for path, parameter in all_parameters(config).items()
-    }
+    wanted = abstract_weights(config, mesh, dtype)
     args = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
     )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from gradjax.model.config import DecoderConfig
@@ -32,6 +33,20 @@ def weight_spec(mesh: Mesh, config: DecoderConfig, parameter: Parameter) -> Part
 def weight_sharding(mesh: Mesh, config: DecoderConfig, parameter: Parameter) -> NamedSharding:
     """Where the parts of a weight lie."""
     return NamedSharding(mesh, weight_spec(mesh, config, parameter))
+
+
+def abstract_weights(
+    config: DecoderConfig, mesh: Mesh, dtype: DTypeLike
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a model's weights by path, and where their parts lie."""
+    return {
+        path: jax.ShapeDtypeStruct(
+            parameter.shape(config),
+            jnp.dtype(dtype),
+            sharding=weight_sharding(mesh, config, parameter),
+        )
+        for path, parameter in all_parameters(config).items()
+    }
 
 
 def log_unsplit(mesh: Mesh, config: DecoderConfig) -> None:

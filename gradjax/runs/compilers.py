@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from gradjax.device import Device
-from gradjax.errors import GradjaxError
+from gradjax.errors import GradjaxError, first_line
 from gradjax.runs.programs import Program
 
 # By platform of a `Device`.
@@ -87,7 +87,13 @@ def absent_devices(device: Device, count: int) -> list[Any]:
         options = {"target_config": _GPUS[device.kind], "topology": f"1x1x{count}"}
     else:
         name, platform = f"{device.kind}:{_grid(device.kind, count)}", "tpu"
-    return list(topologies.get_topology_desc(name, platform, **options).devices)[:count]
+    try:
+        return list(topologies.get_topology_desc(name, platform, **options).devices)[:count]
+    except Exception as error:  # a wheel of another version, a grid that it has not
+        raise GradjaxError(
+            f"the compiler for {device.kind} does not take {name} ({first_line(error)}); install "
+            f"{WHEELS[device.platform]} of the version that belongs to jax {jax.__version__}"
+        ) from error
 
 
 def _grid(kind: str, count: int) -> str:

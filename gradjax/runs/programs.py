@@ -20,8 +20,7 @@ from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import BlockActivations, Decoder, layer_windows
 from gradjax.model.layers import rope_tables
-from gradjax.model.parallel import weight_sharding
-from gradjax.model.parameters import all_parameters
+from gradjax.model.parallel import abstract_weights
 from gradjax.sharding import DATA, EVERYWHERE, EXAMPLES
 from gradjax.spectra import measures
 from gradjax.spectra.batch import dense_singular_values
@@ -168,12 +167,4 @@ def programs(
 
 def abstract_decoder(config: DecoderConfig, mesh: Mesh, dtype: DTypeLike) -> Decoder:
     """A decoder whose weights are shapes on a mesh."""
-    weights = {
-        path: jax.ShapeDtypeStruct(
-            parameter.shape(config),
-            jnp.dtype(dtype),
-            sharding=weight_sharding(mesh, config, parameter),
-        )
-        for path, parameter in all_parameters(config).items()
-    }
-    return Decoder(config, weights, mesh)
+    return Decoder(config, abstract_weights(config, mesh, dtype), mesh)

@@ -1,6 +1,5 @@
 """A run in the row format of ODA-DataScorer's EffectiveRankScorer and NuclearNormScorer."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
-from gradjax.storage.filesystem import whole_file
+from gradjax.storage.filesystem import write_json_lines
 from gradjax.storage.store import read_shards, require_group
 
 SCORERS = {"effective_rank": "EffectiveRank", "nuclear_norm": "NuclearNorm"}
@@ -48,9 +47,4 @@ def export(directory: str | Path, group: str, output: Path, statistic: str) -> i
     Raises:
       GradjaxError: as `datascorer_rows`, or if the file cannot be written.
     """
-    count = 0
-    with whole_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in datascorer_rows(directory, group, statistic):
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            count += 1
-    return count
+    return write_json_lines(datascorer_rows(directory, group, statistic), output)

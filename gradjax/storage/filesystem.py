@@ -7,13 +7,14 @@ where no lock of another run lives, the others come in after it.
 
 import errno
 import fcntl
+import json
 import os
 import random
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -61,6 +62,20 @@ def whole_file(target: Path, flag: str = "output") -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json_lines(rows: Iterable[Mapping[str, Any]], target: Path) -> int:
+    """Writes objects, one per line, the whole file or none; returns their number.
+
+    Raises:
+      GradjaxError: if it cannot be written, naming `--output`; whatever making the rows raises.
+    """
+    count = 0
+    with whole_file(target) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
 
 
 def url_to_fs(url: str, **options: Any) -> tuple[Any, str]:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from absl import logging
 
 from gradjax.errors import GradjaxError
-from gradjax.storage.filesystem import whole_file
+from gradjax.storage.filesystem import write_json_lines
 from gradjax.storage.spool import Spool
 from gradjax.storage.store import read_shards, read_table, require_group
 from gradjax.structs import ATTENTION, PROJECTIONS
@@ -119,9 +119,4 @@ def export(directory: str | Path, group: str, output: Path) -> int:
     Raises:
       GradjaxError: as `reference_rows`, or if the file cannot be written.
     """
-    count = 0
-    with whole_file(output) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in reference_rows(directory, group):
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    return count
+    return write_json_lines(reference_rows(directory, group), output)
