@@ -27,6 +27,7 @@ from gradjax.data.examples import to_example
 from gradjax.data.sources import parse_data_flags, read_rows
 from gradjax.data.tokens import tokenize_rows
 from gradjax.runs.inputs import read_inputs
+from gradjax.runs.windows import read_windows
 
 flags.DEFINE_string("model", "demo", "whose tokenizer")
 flags.DEFINE_multi_string("data", ["demo"], "as of gradjax spectra")
@@ -64,13 +65,14 @@ def held_bytes(model: str, rows: list[Any]) -> float:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        config = RunConfig(model=model, data=(str(file),), output_dir=f"{directory}/run")
+        inputs = read_inputs(config)
         tracemalloc.start()
-        inputs = read_inputs(
-            RunConfig(model=model, data=(str(file),), output_dir=f"{directory}/run")
-        )
+        windows = [*read_windows(config, inputs)]
         held, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    return held / len(rows) - 5 * sum(row.num_tokens for row in inputs.tokenized) / len(rows)
+    tokens = sum(row.num_tokens for window in windows for row in window.tokenized)
+    return (held - 5 * tokens) / len(rows)
 
 
 def main(_argv: list[str]) -> None:

@@ -28,6 +28,7 @@ from gradjax.runs import run as run_module
 from gradjax.runs.compute import compute_results
 from gradjax.runs.inputs import read_inputs
 from gradjax.runs.layout import lay_out
+from gradjax.runs.windows import read_windows
 from gradjax.storage.store import read_table
 
 ROWS = (100, 1_000, 10_000)
@@ -48,13 +49,14 @@ def timed_run(data: str, store: str) -> dict[str, float]:
     """Runs with everything compiled, and says what it took."""
     config = RunConfig(data=(data,), output_dir=store)
     inputs = read_inputs(config)
-    batches = lay_out(config, inputs, local_device(), 1).batches
+    (window,) = read_windows(config, inputs)
+    rows, device = window.tokenized, local_device()
+    batches = lay_out(config, inputs.model, rows, device, 1).batches
     shapes = {(batch.size, batch.length): batch for batch in batches}
     decoder = load_model(config.model).decoder
-    specs, device = list(shapes.values()), local_device()
-    list(compute_results(decoder, inputs.tokenized, config.spectra, specs, device))
-    tokens = sum(example.num_tokens for example in inputs.tokenized)
-    del inputs, batches, shapes, decoder
+    list(compute_results(decoder, rows, config.spectra, list(shapes.values()), device))
+    tokens = sum(row.num_tokens for row in rows)
+    del window, rows, batches, shapes, decoder
     seconds = []
     while sum(seconds) < _LEAST_SECONDS:
         start = time.perf_counter()

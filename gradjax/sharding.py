@@ -52,6 +52,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes | {axis: int(size) for axis, size in named}
 
 
+def format_mesh(sizes: Mapping[str, int]) -> str:
+    """What `parse_mesh` reads, all axes by name."""
+    return ",".join(f"{axis}:{sizes.get(axis, 1)}" for axis in AXES)
+
+
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
     """A mesh of the given axis sizes over as many devices.
 
@@ -60,7 +65,7 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
     """
     shape = [sizes.get(axis, 1) for axis in AXES]
     if np.prod(shape) != len(devices):
-        wanted = ",".join(f"{axis}:{size}" for axis, size in zip(AXES, shape, strict=True))
+        wanted = format_mesh(sizes)
         raise GradjaxError(
             f"--mesh={wanted} is for {np.prod(shape)} devices, and there are {len(devices)} "
             f"({devices[0].device_kind}); give sizes whose product is {len(devices)}"

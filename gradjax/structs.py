@@ -96,6 +96,11 @@ class Example:
     status: Status = "ok"
     reason: str = ""
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What the row is called in a store."""
+        return self.group, self.example_id
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenizedExample:

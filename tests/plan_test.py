@@ -26,6 +26,7 @@ from gradjax.runs.cost import batch_flops, batch_memory, spectra_flops
 from gradjax.runs.inputs import read_inputs
 from gradjax.runs.programs import Program, abstract_decoder, programs
 from gradjax.runs.run import print_plan, run
+from gradjax.runs.windows import read_windows
 from gradjax.sharding import one_device, parse_mesh
 from gradjax.spectra.batch import LAYERS_AHEAD, BatchConfig, batch_spectra
 from gradjax.structs import ATTENTION, PROJECTIONS, Projection, TokenBatch
@@ -140,11 +141,12 @@ def test_live_arrays_during_the_backward_pass_are_block_inputs_and_one_block(num
 def test_disk_is_about_what_a_store_takes(tmp_path, changes):
     config = RunConfig(output_dir=tmp_path / "run", **changes)
     inputs = read_inputs(config)
+    (window,) = read_windows(config, inputs)
     planned = cost.disk_bytes(
         inputs.model,
         config.spectra,
-        inputs.tokenized,
-        inputs.texts.num_bytes,
+        window.tokenized,
+        window.texts.num_bytes,
         singular_values=config.store_singular_values,
     )
     directory = Path(run(config))
@@ -268,7 +270,7 @@ def test_a_plan_says_which_rows_are_not_usable(capsys, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)) + "\nno JSON")
     print_plan(RunConfig(data=(str(path),)))
     said = capsys.readouterr().out
-    assert "not usable  3 invalid_row (row 1: 4 turns have no plain form;" in said
+    assert "not usable  rows: 3 invalid_row (row 1: 4 turns have no plain form;" in said
 
 
 @pytest.mark.parametrize(

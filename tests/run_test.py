@@ -334,7 +334,7 @@ def test_other_settings_are_refused_by_name(changes, named, tmp_path, one_row_ru
 
 
 def test_other_settings_are_refused_before_anything_is_read(one_row_run, monkeypatch):
-    for name in ("resolve", "load_tokenizer", "stream_rows"):
+    for name in ("resolve", "load_tokenizer", "parse_data_flags"):
         monkeypatch.setattr(inputs_module, name, None)
     with pytest.raises(GradjaxError, match=r"other settings: dtype \("):
         run(config(one_row_run, limit=1, dtype="bfloat16"))

@@ -1,7 +1,8 @@
 """Rows of similar length go together, in few padded shapes: each shape is compiled once."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -32,17 +33,19 @@ class _Limits:
     tokens: int
     rows: int | None
     devices: int
+    even: bool  # batches of one length are evenly full, or all slots are there
 
     def split(self, rows: np.ndarray, length: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
         """(number of batches, slots in each) for numbers of rows, at least one, of one length.
 
-        As few batches as the limits allow, and those evenly full.
+        As few batches as the limits allow.
         """
         most = np.maximum(self.tokens // length, 1)
         if self.rows:
             most = np.minimum(most, self.rows)
         batches = -(-rows // (most * self.devices))
-        return batches, -(-rows // (batches * self.devices)) * self.devices
+        slots = -(-rows // (batches * self.devices)) if self.even else most
+        return batches, slots * self.devices
 
 
 def batch_by_length(
@@ -53,6 +56,7 @@ def batch_by_length(
     *,
     max_shapes: int = MAX_SHAPES,
     shape_tokens: float = 0,
+    shared: Collection[int] | None = None,
 ) -> list[BatchSpec]:
     """Puts every row in one batch of at most `batch_tokens` padded tokens a device, longest first.
 
@@ -66,16 +70,22 @@ def batch_by_length(
       max_shapes: pairs of size and padded length, each with a length of its own.
       shape_tokens: what compiling a shape costs, in padded tokens: where one more saves fewer,
         there are fewer than `max_shapes`.
+      shared: padded lengths of batches of earlier rows, none at first, where more rows may come:
+        rows that are not longer than all of them have no other shapes.
     """
     if not lengths:
         return []
-    limits = _Limits(batch_tokens, max_rows, devices)
+    limits = _Limits(batch_tokens, max_rows, devices, even=shared is None)
     padded = round_up(np.maximum(lengths, 1), MULTIPLE, _FINENESS)
     order = np.argsort(-padded, kind="stable")
     ascending = padded[order[::-1]]
     specs: list[BatchSpec] = []
     start = 0
-    for shorter, length in _shape_lengths(padded, limits, max_shapes, shape_tokens):
+    known = sorted({0, *(shared or ())})
+    longer = padded[padded > known[-1]]
+    new = _shape_lengths(longer, limits, max_shapes, shape_tokens) if len(longer) else []
+    spans = [(max(shorter, known[-1]), length) for shorter, length in new]
+    for shorter, length in [*spans, *reversed([*itertools.pairwise(known)])]:
         count = len(order) - int(np.searchsorted(ascending, shorter, "right")) - start
         if count <= 0:
             continue  # all of them have filled slots of longer batches

@@ -172,21 +172,12 @@ def row_hash(row: object) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
-def data_hash(hashes: Iterable[str]) -> str:
-    """Hex digest of rows in their order, from that of each."""
-    digest = hashlib.sha256()
-    for row in hashes:
-        digest.update(row.encode("ascii"))
-    return digest.hexdigest()[:32]
+def describe_rows(source: Source, rows: int | None, hashed: str | None) -> dict[str, Any]:
+    """What a manifest says of a group: source, how it is read, number of rows and their hash.
 
-
-def describe_rows(source: Source, hashes: Sequence[str]) -> dict[str, Any]:
-    """What a manifest says of a group: source, how it is read, number of rows and hash.
-
-    Args:
-      hashes: `row_hash` of every row.
+    The last two are None until the source is read to its end.
     """
-    said = {"source": source.absolute, "rows": len(hashes), "hash": data_hash(hashes)}
+    said = {"source": source.absolute, "rows": rows, "hash": hashed}
     reading = source.reading.settings()
     return said | {"reading": reading} if reading else said
 

@@ -25,7 +25,7 @@ from gradjax.model.attention import CHUNKS
 from gradjax.model.config import DecoderConfig
 from gradjax.model.layers import einsum
 from gradjax.model.parameters import Parameter, all_parameters, axis_sizes, block_parameters
-from gradjax.sharding import AXES, TENSOR, split_axes
+from gradjax.sharding import AXES, TENSOR, format_mesh, split_axes
 from gradjax.spectra.batch import LAYERS_AHEAD
 from gradjax.spectra.decompose import decomposes_on_host, padded_side, resolved_route
 from gradjax.structs import SAME_LAYER_PAIRS, TokenizedExample, factor_names, sharing_inputs
@@ -412,7 +412,6 @@ def _rate(work: Callable[[], object], flops: float) -> float:
 def format_plan(plan: Plan, dtype: str, seconds: float, disk: int) -> str:
     """The plan for a terminal."""
     devices = math.prod(plan.mesh.values())
-    mesh = ",".join(f"{axis}:{plan.mesh[axis]}" for axis in AXES)
     padding = 1 - plan.tokens / max(plan.padded_tokens, 1)
     shapes = Counter((batch.size, batch.length) for batch in plan.batches)
     time = (
@@ -437,7 +436,7 @@ def format_plan(plan: Plan, dtype: str, seconds: float, disk: int) -> str:
                 f"batches     {count:,} of {size} × {length:,} tokens"
                 for (size, length), count in shapes.items()
             ),
-            f"devices     {devices} ({mesh}) of {plan.device.kind}, {dtype}",
+            f"devices     {devices} ({format_mesh(plan.mesh)}) of {plan.device.kind}, {dtype}",
             *format_memory(parts),
             f"disk        {_size(disk)}, about, for all rows",
             f"spectra     {plan.route}",

@@ -13,7 +13,6 @@ from gradjax.device import Device
 from gradjax.errors import GradjaxError
 from gradjax.model.config import DecoderConfig
 from gradjax.runs.cost import Plan, batch_flops, fits, gradient_bytes, make_plan
-from gradjax.runs.inputs import Inputs
 from gradjax.sharding import DATA, local_slots, parse_mesh
 from gradjax.structs import TokenizedExample
 
@@ -23,11 +22,22 @@ _GRADIENTS_SHARE = 0.15
 _SHAPES_TOLD = (6, 12, MAX_SHAPES)
 
 
-def lay_out(config: RunConfig, inputs: Inputs, device: Device, devices: int) -> Plan:
-    """The mesh and the batches of a run on so many devices of a kind.
+def lay_out(
+    config: RunConfig,
+    model: DecoderConfig,
+    rows: Sequence[TokenizedExample],
+    device: Device,
+    devices: int,
+    shared: Collection[int] | None = None,
+) -> Plan:
+    """The mesh and the batches of some rows on so many devices of a kind.
 
     Without `--mesh` it is `data` over all devices where the model fits one of them, else `fsdp`.
+
+    Args:
+      shared: as of `batch_rows`.
     """
+    plan = partial(_plan, config, model, rows, device)
     if config.mesh:
         mesh = parse_mesh(config.mesh)
         if config.spectra.spectrum == "dense" and math.prod(mesh.values()) > mesh[DATA]:
@@ -35,19 +45,24 @@ def lay_out(config: RunConfig, inputs: Inputs, device: Device, devices: int) -> 
                 f"--mesh={config.mesh}: --spectrum=dense needs all weights on each device; use "
                 f"--mesh=data:{math.prod(mesh.values())}"
             )
-        return _plan(config, inputs, device, mesh)
-    chosen = _plan(config, inputs, device, parse_mesh(f"data:{devices}"))
+        return plan(mesh, shared)
+    chosen = plan(parse_mesh(f"data:{devices}"), shared)
     if devices > 1 and not fits(chosen) and config.spectra.spectrum == "factored":
-        return _plan(config, inputs, device, parse_mesh(f"fsdp:{devices}"))
+        return plan(parse_mesh(f"fsdp:{devices}"), shared)
     return chosen
 
 
 def remedies(
-    config: RunConfig, inputs: Inputs, device: Device, mesh: dict[str, int], processes: int = 1
+    config: RunConfig,
+    model: DecoderConfig,
+    rows: Sequence[TokenizedExample],
+    device: Device,
+    mesh: dict[str, int],
+    processes: int = 1,
 ) -> Iterator[tuple[str, Plan]]:
     """Flags that make a run need less memory, the least costly first, and the plans they give."""
     devices = math.prod(mesh.values())
-    plan = partial(_plan, inputs=inputs, device=device)
+    plan = partial(_plan, model=model, rows=rows, device=device)
     tokens = config.batch_tokens or device.batch_tokens
     while (tokens := tokens // 2) >= MULTIPLE:
         changed = dataclasses.replace(config, batch_tokens=tokens)
@@ -66,27 +81,22 @@ def remedies(
         yield f"--max_length={length} --batch_tokens=1", plan(changed, mesh=mesh)
 
 
-def _plan(config: RunConfig, inputs: Inputs, device: Device, mesh: dict[str, int]) -> Plan:
+def _plan(
+    config: RunConfig,
+    model: DecoderConfig,
+    rows: Sequence[TokenizedExample],
+    device: Device,
+    mesh: dict[str, int],
+    shared: Collection[int] | None = None,
+) -> Plan:
     # The rows were cut at another --max_length where a remedy is tried.
     longest = -(-config.tokens.max_length // MULTIPLE) * MULTIPLE
+    devices, tokens = math.prod(mesh.values()), config.batch_tokens
     batches = [
         dataclasses.replace(batch, length=min(batch.length, longest))
-        for batch in row_batches(config, inputs, device, math.prod(mesh.values()))
+        for batch in batch_rows(rows, config.spectra, model, device, tokens, devices, shared=shared)
     ]
-    model, rows = inputs.model, inputs.tokenized
     return make_plan(model, config.spectra, rows, batches, config.dtype, mesh, device)
-
-
-def row_batches(
-    config: RunConfig,
-    inputs: Inputs,
-    device: Device,
-    devices: int,
-    among: Sequence[int] | None = None,
-) -> list[BatchSpec]:
-    """The batches of a run's usable rows, or of the positions `among` them."""
-    rows, tokens = inputs.tokenized, config.batch_tokens
-    return batch_rows(rows, config.spectra, inputs.model, device, tokens, devices, among)
 
 
 def local_rows(mesh: Mesh, batch: BatchSpec) -> list[int]:
@@ -104,6 +114,7 @@ def batch_rows(
     devices: int = 1,
     among: Sequence[int] | None = None,
     shapes: int | None = None,
+    shared: Collection[int] | None = None,
 ) -> list[BatchSpec]:
     """Batches of the `ok` examples; their rows are positions in `tokenized`.
 
@@ -113,6 +124,7 @@ def batch_rows(
       devices: each has its share of a batch's examples.
       among: the positions to choose from; all if None.
       shapes: at most so many, whatever compiling costs; as many as pay if None.
+      shared: padded lengths of earlier rows' batches, as of `batch_by_length`.
     """
     among = range(len(tokenized)) if among is None else among
     positions = [i for i in among if tokenized[i].status == "ok"]
@@ -124,6 +136,7 @@ def batch_rows(
         devices,
         max_shapes=shapes or MAX_SHAPES,
         shape_tokens=0 if shapes else _shape_tokens(model, config, lengths, device, devices),
+        shared=shared,
     )
     return [
         dataclasses.replace(spec, rows=tuple(positions[row] for row in spec.rows)) for spec in specs
@@ -147,15 +160,17 @@ def unfinished(
     return left
 
 
-def format_shapes(config: RunConfig, inputs: Inputs, plan: Plan) -> str:
+def format_shapes(
+    config: RunConfig, model: DecoderConfig, rows: Sequence[TokenizedExample], plan: Plan
+) -> str:
     """How many shapes a plan has, and what others would pad, for a terminal."""
     devices = math.prod(plan.mesh.values())
     trade = {}
     for most in _SHAPES_TOLD:
         batches = batch_rows(
-            inputs.tokenized,
+            rows,
             config.spectra,
-            inputs.model,
+            model,
             plan.device,
             config.batch_tokens,
             devices,

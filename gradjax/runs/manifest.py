@@ -46,12 +46,14 @@ def manifest(
     settings: dict[str, Any],
     inputs: Inputs,
     invocation: dict[str, Any],
+    data: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """`run.json`: what was run, on what, with what.
 
     Args:
       settings: of `number_settings`.
       invocation: this one, as of `describe_invocation`; those of earlier calls stay.
+      data: what is known of each group's rows.
     """
     checkpoint, before = inputs.checkpoint, inputs.found.manifest
     return {
@@ -67,7 +69,7 @@ def manifest(
             for projection in config.spectra.projections
         },
         # Groups of an earlier call stay: groups may be added to a run.
-        "data": before.get("data", {}) | inputs.data,
+        "data": before.get("data", {}) | data,
         "versions": {"gradjax": __version__},  # whoever reads the store asks for it
         "invocations": [*before.get("invocations", []), invocation],
     }

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Self
@@ -10,8 +10,9 @@ from typing import Self
 from absl import logging
 from tqdm import tqdm
 
+from gradjax.runs.windows import ReadAhead
 from gradjax.storage.store import Store
-from gradjax.structs import ExampleResult, TokenizedExample
+from gradjax.structs import ExampleResult
 
 # A shard is written when this much work has come together: less is lost when a run is killed,
 # more makes fewer files.
@@ -56,13 +57,16 @@ class BackgroundWriter:
 
 
 def with_progress(
-    results: Iterator[list[ExampleResult]], left: Sequence[TokenizedExample]
+    results: Iterator[list[ExampleResult]], ahead: ReadAhead, processes: int
 ) -> Iterator[list[ExampleResult]]:
-    """Passes results on, with an ETA weighted by tokens: a bar on a terminal, else lines."""
-    tokens = sum(t.num_tokens for t in left)
+    """Passes results on, with an ETA weighted by tokens: a bar on a terminal, else lines.
+
+    Args:
+      ahead: knows what is to compute, once all is read.
+      processes: that compute these rows together, each its part.
+    """
     terminal = sys.stderr.isatty()
     with tqdm(
-        total=tokens,
         unit="tok",
         unit_scale=True,
         dynamic_ncols=True,
@@ -73,20 +77,24 @@ def with_progress(
         done = rows = 0
         bar.set_description_str("compiling")  # the bar stands still until a batch is done
         for batch in results:
-            bar.set_description_str("")
-            done += sum(r.tokenized.num_tokens for r in batch)
-            rows += len(batch)
-            bar.update(sum(r.tokenized.num_tokens for r in batch))
+            computed = [r for r in batch if r.tokenized.status == "ok"]
+            new = sum(r.tokenized.num_tokens for r in computed)
+            done, rows = done + new, rows + len(computed)
+            tokens, every = ahead.tokens // processes, ahead.to_compute // processes
+            bar.set_description_str("" if ahead.complete else "reading rows too")
+            bar.total = tokens if ahead.complete else None
+            bar.update(new)
             now = time.monotonic()
-            if not terminal and done and (now - last > 15 or done == tokens):
+            if not terminal and done and (now - last > 15 or (ahead.complete and done >= tokens)):
                 last = now
-                logging.info(
-                    "%d of %d rows, %.0f %% of tokens, %.0f s left",
-                    rows,
-                    len(left),
-                    100 * done / tokens,
-                    (now - start) * (tokens - done) / done,
-                )
+                if ahead.complete:
+                    left = (now - start) * max(tokens - done, 0) / done
+                    share = 100 * done / tokens
+                    logging.info(
+                        "%d of %d rows, %.0f %% of tokens, %.0f s left", rows, every, share, left
+                    )
+                else:
+                    logging.info("%d of more than %d rows, which are still being read", rows, every)
             yield batch
 
 

@@ -1,9 +1,11 @@
 """A whole run on one page: rows -> tokens -> batches -> gradients -> spectra -> store."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,40 +16,34 @@ from jax.sharding import Mesh
 
 from gradjax.checkpoints.pretrained import load_weights
 from gradjax.config import RunConfig
-from gradjax.data.usable import describe_unusable
 from gradjax.device import Device, keep_compiled_programs, local_device, parse_topology
 from gradjax.distributed import Processes, join
 from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
+from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
 from gradjax.model.parallel import log_unsplit
 from gradjax.runs.compiled_plan import compile_plan, format_compiled
 from gradjax.runs.compilers import missing_compiler
 from gradjax.runs.compute import compute_results
 from gradjax.runs.cost import Plan, disk_bytes, estimated_seconds, format_plan, require_fit
-from gradjax.runs.inputs import (
-    Inputs,
-    log_first_example,
-    log_inputs,
-    log_truncation,
-    read_inputs,
-    require_rows,
-)
+from gradjax.runs.inputs import Inputs, log_first_example, log_inputs, read_inputs
 from gradjax.runs.layout import (
+    batch_rows,
     format_shapes,
     lay_out,
     local_rows,
     remedies,
-    row_batches,
     unfinished,
 )
 from gradjax.runs.manifest import describe_invocation, describe_machine, manifest, number_settings
 from gradjax.runs.progress import BackgroundWriter, shards, with_progress
-from gradjax.sharding import make_mesh, parse_mesh
+from gradjax.runs.windows import ReadAhead, Window, read_sample, read_windows
+from gradjax.sharding import DATA, format_mesh, make_mesh, parse_mesh
 from gradjax.spectra.decompose import resolved_route
 from gradjax.storage.directory import RUN, Directory
-from gradjax.storage.store import open_store, require_run
-from gradjax.structs import ExampleResult
+from gradjax.storage.store import Key, Store, open_store, require_run
+from gradjax.structs import ExampleResult, TokenizedExample
 
 
 def run(config: RunConfig) -> str | Path:
@@ -70,57 +66,98 @@ def run(config: RunConfig) -> str | Path:
         device = _agreed_device(processes)
         resolved_route(config.spectra, device.platform)  # refused before anything is read
         inputs = read_inputs(config)
-        tokenized, finished = inputs.tokenized, inputs.finished
-        planned = _lay_out(config, inputs, device, processes)
-        mesh = make_mesh(planned.mesh, processes.devices())
-        log_inputs(config, inputs, mesh)
-        log_unsplit(mesh, inputs.model)
+        # Sharded processes compute every batch together, independent ones have rows of their own.
+        share = (0, 1) if processes.sharded else (processes.index, processes.count)
+        with ReadAhead(read_windows(config, inputs, *share)) as ahead:
+            planned = _lay_out(config, inputs, device, processes, ahead)
+            window, plan = next(planned)
+            data = _agreed_data(processes, ahead)
+            mesh = make_mesh(plan.mesh, processes.devices())
+            log_inputs(config, inputs, window.data, mesh)
+            log_unsplit(mesh, inputs.model)
 
-        settings = number_settings(config, inputs, device.platform)
-        _require_run(inputs, settings)
-        _require_one_run(processes, settings, inputs, planned)
-
-        # Sharded processes compute every batch together, independent ones take turns.
-        share = slice(None) if processes.sharded else slice(processes.index, None, processes.count)
-        batches = planned.batches[share]
-        batch_among = partial(row_batches, config, inputs, device, mesh.size)
-        left = unfinished(batches, finished, batch_among)
-        waiting = [tokenized[row] for batch in left for row in local_rows(mesh, batch)]
-        unusable = [
-            inputs.with_texts(ExampleResult(t, t.status, t.reason))
-            for position, t in enumerate(tokenized)
-            if t.status != "ok" and position not in finished and processes.index == 0
-        ]
-        _log_counts(inputs, len(waiting) if processes.count > 1 else None)
-        if len(finished) < len(tokenized):
-            log_first_example(tokenized, inputs.tokenizer)
-            # Before anything is written: a run is replaced only by one whose model is sound.
-            decoder = _load(config, inputs, mesh) if left else None
-            machines = [json.loads(m) for m in processes.exchange(json.dumps(describe_machine()))]
-            invocation = describe_invocation(config, inputs, planned.mesh, machines)
-            with open_store(
-                inputs.directory,
-                settings,
-                inputs.found,
-                overwrite=config.overwrite,
-                process=processes.index,
-                num_processes=processes.count,
-                barrier=processes.barrier,
-            ) as store:
-                store.write_manifest(manifest(config, settings, inputs, invocation))
-                processes.part()
-                store.append(unusable)
-                if decoder:
-                    results = compute_results(decoder, tokenized, config.spectra, left, device)
-                    whole = ([*map(inputs.with_texts, batch)] for batch in results)
-                    reported = with_progress(whole, waiting)
+            settings = number_settings(config, inputs, device.platform)
+            _require_run(inputs, settings)
+            _require_one_run(processes, settings, inputs, window, plan)
+            while not (window.left or window.last):
+                window, plan = next(planned)
+            if window.last:
+                _log_counts(ahead, processes)
+            if window.left:
+                log_first_example(window.tokenized, inputs.tokenizer)
+                # Before anything is written: a run is replaced only by one whose model is sound.
+                needed = window.to_compute or not window.last
+                decoder = _load(config, inputs, mesh) if needed else None
+                machines = map(json.loads, processes.exchange(json.dumps(describe_machine())))
+                invocation = describe_invocation(config, inputs, plan.mesh, [*machines])
+                about = partial(manifest, config, settings, inputs, invocation)
+                with open_store(
+                    inputs.directory,
+                    settings,
+                    inputs.found,
+                    overwrite=config.overwrite,
+                    process=processes.index,
+                    num_processes=processes.count,
+                    barrier=processes.barrier,
+                ) as store:
+                    store.write_manifest(about(data))
+                    processes.part()
+                    waiting: list[Key] = []
+                    rest = itertools.chain([(window, plan)], planned)
+                    results = _computed(config, inputs, decoder, device, processes, rest, waiting)
+                    reported = _reported(results, ahead, processes)
                     with BackgroundWriter(store, config.store_singular_values) as writer:
                         for shard in shards(reported):
                             writer.append(shard)
-                processes.barrier()  # of sharded ones, which each hold some rows of every batch
-                require_rows(store, [*(result.tokenized for result in unusable), *waiting])
-        log_truncation(tokenized)
+                    processes.barrier()  # sharded ones each hold some rows of every batch
+                    _require_rows(store, waiting)
+                    if ahead.data != data:
+                        store.write_manifest(about(_agreed_data(processes, ahead)))
         return inputs.directory
+
+
+def _computed(
+    config: RunConfig,
+    inputs: Inputs,
+    decoder: Decoder | None,
+    device: Device,
+    processes: Processes,
+    planned: Iterable[tuple[Window, Plan]],
+    waiting: list[Key],
+) -> Iterator[list[ExampleResult]]:
+    """What this process finds out about each window's rows: the unusable ones, then by batches.
+
+    Args:
+      waiting: takes the rows that are to come.
+    """
+    for window, plan in planned:
+        unusable = [] if processes.sharded and processes.index else window.unusable
+        waiting += [result.tokenized.example.key for result in unusable]
+        if unusable:
+            yield unusable
+        rows, model, devices = window.tokenized, inputs.model, math.prod(plan.mesh.values())
+        batch_among = partial(
+            batch_rows, rows, config.spectra, model, device, config.batch_tokens, devices
+        )
+        left = unfinished(plan.batches, window.finished, batch_among)
+        if decoder and left:
+            here = [row for batch in left for row in local_rows(decoder.mesh, batch)]
+            waiting += [rows[row].example.key for row in here]
+            for batch in compute_results(decoder, rows, config.spectra, left, device):
+                yield [*map(window.with_texts, batch)]
+
+
+def _reported(
+    results: Iterator[list[ExampleResult]], ahead: ReadAhead, processes: Processes
+) -> Iterator[list[ExampleResult]]:
+    """Passes results on, with their progress; stops at what reading has come to meanwhile."""
+    known = ahead.complete  # and said
+    for batch in with_progress(results, ahead, processes.count if processes.sharded else 1):
+        ahead.check()
+        if ahead.complete and not known:
+            known = True
+            _log_counts(ahead, processes)
+        yield batch
 
 
 def _require_run(inputs: Inputs, settings: dict[str, Any]) -> None:
@@ -135,17 +172,15 @@ def _require_run(inputs: Inputs, settings: dict[str, Any]) -> None:
     require_run(Directory(inputs.directory, RUN), settings, manifest)
 
 
-def _log_counts(inputs: Inputs, here: int | None) -> None:
-    """Says what is to be done, in numbers that add up to the rows, and how much of it here."""
-    tokenized, finished = inputs.tokenized, inputs.finished
-    unusable = sum(t.status != "ok" for i, t in enumerate(tokenized) if i not in finished)
+def _log_counts(ahead: ReadAhead, processes: Processes) -> None:
+    """Says what is to be done, in numbers that add up to the rows where one process does it."""
     logging.info(
         "%s rows: %s finished before, %s to compute%s, %s not usable",
-        f"{len(tokenized):,}",
-        f"{len(finished):,}",
-        f"{len(tokenized) - len(finished) - unusable:,}",
-        "" if here is None else f" ({here:,} of them here)",
-        f"{unusable:,}",
+        f"{ahead.rows:,}",
+        f"{ahead.finished:,}",
+        f"{ahead.to_compute:,}",
+        " here" if processes.count > 1 and not processes.sharded else "",
+        f"{ahead.unusable:,}",
     )
 
 
@@ -170,24 +205,31 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
     resolved_route(config.spectra, device.platform)
     # Of a whole run, whatever a store holds of it.
     inputs = read_inputs(dataclasses.replace(config, overwrite=True))
-    planned = lay_out(config, inputs, device, devices)
+    windows, sample = read_sample(config, inputs)
+    rows = [row for window in windows for row in window.tokenized]
+    planned = lay_out(config, inputs.model, rows, device, devices)
     disk = disk_bytes(
         inputs.model,
         config.spectra,
-        inputs.tokenized,
-        inputs.texts.num_bytes,
+        rows,
+        sum(window.texts.num_bytes for window in windows),
         singular_values=config.store_singular_values,
     )
+    if sample:
+        print(f"sample      the first {sample:,} rows of each group; all below is of these")
     print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype), disk))
-    print(format_shapes(config, inputs, planned))
-    if unusable := describe_unusable((t.example, t.status, t.reason) for t in inputs.tokenized):
-        print(f"not usable  {unusable}")
-    require_fit(planned, remedies(config, inputs, device, planned.mesh))
+    print(format_shapes(config, inputs.model, rows, planned))
+    for tally in windows[-1].tallies:
+        if tally.unusable:
+            print(f"not usable  {tally.source.group}: {tally.unusable}")
+    require_fit(planned, remedies(config, inputs.model, rows, device, planned.mesh))
     if topology is not None:
-        _print_compiled(config, inputs, planned)
+        _print_compiled(config, inputs.model, rows, planned)
 
 
-def _print_compiled(config: RunConfig, inputs: Inputs, planned: Plan) -> None:
+def _print_compiled(
+    config: RunConfig, model: DecoderConfig, rows: Sequence[TokenizedExample], planned: Plan
+) -> None:
     """The plan by the compiler of devices that are not here, if it is installed."""
     if planned.fullest is None or config.spectra.spectrum == "dense":
         return
@@ -195,9 +237,9 @@ def _print_compiled(config: RunConfig, inputs: Inputs, planned: Plan) -> None:
         print(f"compiler    not asked: {missing}")
         return
     sys.stdout.flush()  # compiling may take minutes
-    found = compile_plan(config, inputs.model, planned)
+    found = compile_plan(config, model, planned)
     print(format_compiled(found))
-    require_fit(found.plan, remedies(config, inputs, planned.device, planned.mesh))
+    require_fit(found.plan, remedies(config, model, rows, planned.device, planned.mesh))
 
 
 def _devices_at_hand(config: RunConfig) -> tuple[Device, int]:
@@ -223,18 +265,84 @@ def _agreed_device(processes: Processes) -> Device:
     return dataclasses.replace(device, memory=min(map(int, processes.exchange(str(device.memory)))))
 
 
-def _lay_out(config: RunConfig, inputs: Inputs, device: Device, processes: Processes) -> Plan:
-    """The same batches in every process; raises GradjaxError where they do not fit."""
-    planned = lay_out(config, inputs, device, len(processes.devices()))
-    others = 1 if processes.sharded else processes.count
-    require_fit(planned, remedies(config, inputs, device, planned.mesh, others))
-    return planned
+def _lay_out(
+    config: RunConfig,
+    inputs: Inputs,
+    device: Device,
+    processes: Processes,
+    windows: Iterable[Window],
+) -> Iterator[tuple[Window, Plan]]:
+    """Each window's batches, on the mesh of the first and in the shapes of those before it.
+
+    Raises:
+      GradjaxError: for a window whose batches do not fit.
+    """
+    shared: set[int] | None = None
+    devices = len(processes.devices())
+    agreed = False
+    for window in windows:
+        if shared is None and not window.last:
+            shared = set()
+        rows = window.tokenized
+        plan = lay_out(config, inputs.model, rows, device, devices, shared)
+        if not agreed:
+            mesh = _agreed_mesh(processes, plan.mesh)
+            config, agreed = dataclasses.replace(config, mesh=format_mesh(mesh)), True
+            if mesh != plan.mesh:
+                plan = lay_out(config, inputs.model, rows, device, devices, shared)
+        others = 1 if processes.sharded else processes.count
+        require_fit(plan, remedies(config, inputs.model, rows, device, plan.mesh, others))
+        if shared is not None:
+            shared |= {batch.length for batch in plan.batches}
+        yield window, plan
+
+
+def _agreed_mesh(processes: Processes, mesh: dict[str, int]) -> dict[str, int]:
+    """That of the process with the longest row: it splits the weights most."""
+    meshes = [json.loads(other) for other in processes.exchange(json.dumps(mesh))]
+    return min(meshes, key=lambda mesh: (mesh[DATA], sorted(mesh.items())))
+
+
+def _agreed_data(processes: Processes, ahead: ReadAhead) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each group by now.
+
+    Raises:
+      GradjaxError: if no row of one is usable, in any process.
+    """
+    own = {t.source.group: (t.usable, t.beyond_positions) for t in ahead.tallies}
+    every = [json.loads(other) for other in processes.exchange(json.dumps(own))]
+    every = every[:1] if processes.sharded else every  # which all judge all rows
+    data = dict(ahead.data)
+    if len(every) < processes.count and not processes.sharded:
+        return data  # independent ones have parted
+    for tally in ahead.tallies:
+        group = tally.source.group
+        usable, beyond = (sum(numbers) for numbers in zip(*(e[group] for e in every), strict=True))
+        if not usable:
+            raise GradjaxError(tally.refusal)
+        if beyond:
+            data[group] = data[group] | {"rows_beyond_positions": beyond}
+    return data
+
+
+def _require_rows(store: Store, rows: Sequence[Key]) -> None:
+    """Raises GradjaxError unless the store has all of the rows."""
+    missing = sum(row not in store.finished for row in rows)
+    if missing:
+        raise GradjaxError(
+            f"{store.directory} lacks {missing} of {len(rows)} rows although the run has "
+            "ended; run the same command again, and report this as a bug if it persists"
+        )
 
 
 def _require_one_run(
-    processes: Processes, settings: dict[str, object], inputs: Inputs, planned: Plan
+    processes: Processes,
+    settings: dict[str, object],
+    inputs: Inputs,
+    window: Window,
+    plan: Plan,
 ) -> None:
     """Raises GradjaxError unless all processes have begun the same run, at the same point."""
-    data = {group: (of["rows"], of["hash"]) for group, of in inputs.data.items()}
-    said = (settings, data, planned.mesh, planned.batches, inputs.found.shards)
+    batches = plan.batches if processes.sharded else ()
+    said = (settings, window.hashed, window.data, plan.mesh, batches, inputs.found.shards)
     processes.require_same(sha256(repr(said)))

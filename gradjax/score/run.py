@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from gradjax.config import Reading, select
 from gradjax.data.examples import to_example
-from gradjax.data.sources import Source, describe_rows, parse_data_flags, stream_rows
-from gradjax.data.usable import report_ignored, report_usable
+from gradjax.data.sources import Source, parse_data_flags, stream_rows
+from gradjax.data.usable import Tally
 from gradjax.device import keep_compiled_programs
 from gradjax.errors import GradjaxError
 from gradjax.score.batch_api import batch_lines, read_batch_results, write_batch
@@ -157,15 +157,15 @@ def read_examples(config: ScoreConfig) -> tuple[list[Example], dict[str, dict[st
     """The rows, and by group their source, number and hash."""
     examples, data = [], {}
     for source, limit in _sources(config):
-        own = [
-            to_example(row, source.group, number, source.reading)
-            for number, row in enumerate(stream_rows(source, limit))
-        ]
-        data[source.group] = describe_rows(source, [example.row_hash for example in own])
-        examples += own
-        report_usable(source.group, [(e, e.status, e.reason) for e in own])
-        if ignored := report_ignored(source.group, own):
-            data[source.group]["ignored_columns"] = ignored
+        tally = Tally(source)
+        for number, row in enumerate(stream_rows(source, limit)):
+            example = to_example(row, source.group, number, source.reading)
+            tally.read(example)
+            tally.judge(example, example.status, example.reason)
+            examples.append(example)
+        tally.require_usable()
+        tally.report()
+        data[source.group] = tally.describe()
     return examples, data
 
 

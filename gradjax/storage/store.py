@@ -155,7 +155,7 @@ class Store:
             pq.write_table(data, shard, **_ENCODINGS[table])
             self._place.put(f"{table}/{name}", shard.getvalue())
         self.finished |= {
-            _key(r): FinishedRow(
+            r.tokenized.example.key: FinishedRow(
                 r.tokenized.example.row_hash,
                 r.status,
                 r.tokenized.num_tokens,
@@ -382,11 +382,6 @@ def _shard_names(shards: Iterable[str], suffix: str) -> Iterator[str]:
     return (f"{number:06d}{suffix}.parquet" for number in itertools.count(last + 1))
 
 
-def _key(result: ExampleResult) -> Key:
-    example = result.tokenized.example
-    return example.group, example.example_id
-
-
 def _examples_table(results: Sequence[ExampleResult]) -> pa.Table:
     rows = [(result.tokenized.example, result.tokenized, result) for result in results]
     return pa.table(
@@ -408,7 +403,9 @@ def _examples_table(results: Sequence[ExampleResult]) -> pa.Table:
 
 
 def _spectra_table(results: Sequence[ExampleResult], singular_values: bool) -> pa.Table:
-    columns = _columns("spectra", [(_key(result), result.spectra) for result in results])
+    columns = _columns(
+        "spectra", [(result.tokenized.example.key, result.spectra) for result in results]
+    )
     lists = pa.nulls(len(columns["group"]))
     if singular_values:
         values = [spectrum.singular_values for result in results for spectrum in result.spectra]
@@ -419,7 +416,7 @@ def _spectra_table(results: Sequence[ExampleResult], singular_values: bool) -> p
 
 
 def _similarity_table(results: Sequence[ExampleResult]) -> pa.Table:
-    rows = [(_key(result), result.similarity) for result in results]
+    rows = [(result.tokenized.example.key, result.similarity) for result in results]
     return pa.table(_columns("similarity", rows), TABLES["similarity"])
 
 
