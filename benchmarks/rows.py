@@ -67,6 +67,9 @@ def held_bytes(model: str, rows: list[Any]) -> float:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = RunConfig(model=model, data=(str(file),), output_dir=f"{directory}/run")
         inputs = read_inputs(config)
+        began = time.perf_counter()
+        next(read_windows(config, inputs))
+        print(f"first window of rows after {time.perf_counter() - began:.1f} s")
         tracemalloc.start()
         windows = [*read_windows(config, inputs)]
         held, _ = tracemalloc.get_traced_memory()

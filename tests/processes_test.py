@@ -14,13 +14,13 @@ import pytest
 from gradjax.distributed import join
 from gradjax.errors import GradjaxError
 from gradjax.storage.store import finished_rows
-from tests.whole_runs import every_byte, start, tables
+from tests.whole_runs import MAIN, every_byte, start, tables
 
 ROWS = 36
 
 
 def start_together(
-    directory: Path, count: int, *flags: str, devices: int = 1
+    directory: Path, count: int, *flags: str, devices: int = 1, code: str = MAIN
 ) -> list[subprocess.Popen]:
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
@@ -30,7 +30,7 @@ def start_together(
     }
     together = (f"--coordinator_address=localhost:{port}", f"--num_processes={count}")
     return [
-        start(directory, *together, f"--process_id={i}", *flags, env=environment)
+        start(directory, *together, f"--process_id={i}", *flags, code=code, env=environment)
         for i in range(count)
     ]
 

@@ -143,8 +143,9 @@ def main() -> None:
     if FLAGS.json:
         print(json.dumps(summary(directory), allow_nan=False))
         return
-    if missing := rows_to_come(directory):
-        print(f"This process is done; {missing} rows of the run's other processes are to come.")
+    if (missing := rows_to_come(directory)) != 0:
+        count = "" if missing is None else f"{missing} "
+        print(f"This process is done; {count}rows of the run's other processes are to come.")
     else:
         table = group_means(directory)
         print("\n".join([format_table(table), *unused_rows(directory)]))
@@ -180,7 +181,7 @@ def summary(directory: str | Path) -> dict[str, Any]:
             else:
                 said[measure] = number
     found = {"directory": str(directory), "rows_to_come": rows_to_come(directory), "groups": groups}
-    if len(table) == 2 and table["rows", "used"].all() and not found["rows_to_come"]:
+    if len(table) == 2 and table["rows", "used"].all() and found["rows_to_come"] == 0:
         try:
             with extras():
                 from gradjax.report.compare import COLUMNS, adjusted, compare

@@ -438,7 +438,7 @@ def format_plan(plan: Plan, dtype: str, seconds: float, disk: int) -> str:
             ),
             f"devices     {devices} ({format_mesh(plan.mesh)}) of {plan.device.kind}, {dtype}",
             *format_memory(parts),
-            f"disk        {_size(disk)}, about, for all rows",
+            f"disk        {_size(disk)}, about, for these rows",
             f"spectra     {plan.route}",
             f"work        {plan.flops:.2e} FLOPs, {plan.spectra_flops:.2e} of spectra",
             f"time        {time}",

@@ -71,14 +71,14 @@ def run(config: RunConfig) -> str | Path:
         with ReadAhead(read_windows(config, inputs, *share)) as ahead:
             planned = _lay_out(config, inputs, device, processes, ahead)
             window, plan = next(planned)
-            data = _agreed_data(processes, ahead)
+            _agreed_data(processes, ahead)  # refuses unusable data before any weight is read
             mesh = make_mesh(plan.mesh, processes.devices())
             log_inputs(config, inputs, window.data, mesh)
             log_unsplit(mesh, inputs.model)
 
             settings = number_settings(config, inputs, device.platform)
             _require_run(inputs, settings)
-            _require_one_run(processes, settings, inputs, window, plan)
+            _require_one_run(processes, settings, inputs, window, plan.mesh)
             while not (window.left or window.last):
                 window, plan = next(planned)
             if window.last:
@@ -91,6 +91,7 @@ def run(config: RunConfig) -> str | Path:
                 machines = map(json.loads, processes.exchange(json.dumps(describe_machine())))
                 invocation = describe_invocation(config, inputs, plan.mesh, [*machines])
                 about = partial(manifest, config, settings, inputs, invocation)
+                data = _agreed_data(processes, ahead)
                 with open_store(
                     inputs.directory,
                     settings,
@@ -105,14 +106,15 @@ def run(config: RunConfig) -> str | Path:
                     waiting: list[Key] = []
                     rest = itertools.chain([(window, plan)], planned)
                     results = _computed(config, inputs, decoder, device, processes, rest, waiting)
-                    reported = _reported(results, ahead, processes)
+                    reported = _reported(results, ahead, processes, counted=window.last)
                     with BackgroundWriter(store, config.store_singular_values) as writer:
                         for shard in shards(reported):
                             writer.append(shard)
                     processes.barrier()  # sharded ones each hold some rows of every batch
                     _require_rows(store, waiting)
-                    if ahead.data != data:
-                        store.write_manifest(about(_agreed_data(processes, ahead)))
+                    if not window.last:
+                        read = {g: of for g, of in data.items() if of["rows"] is not None}
+                        store.write_manifest(about(_agreed_data(processes, ahead) | read))
         return inputs.directory
 
 
@@ -148,14 +150,21 @@ def _computed(
 
 
 def _reported(
-    results: Iterator[list[ExampleResult]], ahead: ReadAhead, processes: Processes
+    results: Iterator[list[ExampleResult]],
+    ahead: ReadAhead,
+    processes: Processes,
+    *,
+    counted: bool,
 ) -> Iterator[list[ExampleResult]]:
-    """Passes results on, with their progress; stops at what reading has come to meanwhile."""
-    known = ahead.complete  # and said
+    """Passes results on, with their progress; stops at what reading has come to meanwhile.
+
+    Args:
+      counted: whether it is said already how many rows there are.
+    """
     for batch in with_progress(results, ahead, processes.count if processes.sharded else 1):
         ahead.check()
-        if ahead.complete and not known:
-            known = True
+        if ahead.complete and not counted:
+            counted = True
             _log_counts(ahead, processes)
         yield batch
 
@@ -216,7 +225,7 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
         singular_values=config.store_singular_values,
     )
     if sample:
-        print(f"sample      the first {sample:,} rows of each group; all below is of these")
+        print(f"sample      the first {sample:,} rows of each group; all below is for these")
     print(format_plan(planned, config.dtype, estimated_seconds(planned, config.dtype), disk))
     print(format_shapes(config, inputs.model, rows, planned))
     for tally in windows[-1].tallies:
@@ -292,6 +301,8 @@ def _lay_out(
                 plan = lay_out(config, inputs.model, rows, device, devices, shared)
         others = 1 if processes.sharded else processes.count
         require_fit(plan, remedies(config, inputs.model, rows, device, plan.mesh, others))
+        if processes.sharded:
+            processes.require_same(sha256(repr((window.hashed, plan.batches))))
         if shared is not None:
             shared |= {batch.length for batch in plan.batches}
         yield window, plan
@@ -317,7 +328,9 @@ def _agreed_data(processes: Processes, ahead: ReadAhead) -> dict[str, dict[str, 
         return data  # independent ones have parted
     for tally in ahead.tallies:
         group = tally.source.group
-        usable, beyond = (sum(numbers) for numbers in zip(*(e[group] for e in every), strict=True))
+        usable, beyond = (
+            sum(numbers) for numbers in zip(*(e.get(group, (0, 0)) for e in every), strict=True)
+        )
         if not usable:
             raise GradjaxError(tally.refusal)
         if beyond:
@@ -340,9 +353,8 @@ def _require_one_run(
     settings: dict[str, object],
     inputs: Inputs,
     window: Window,
-    plan: Plan,
+    mesh: dict[str, int],
 ) -> None:
     """Raises GradjaxError unless all processes have begun the same run, at the same point."""
-    batches = plan.batches if processes.sharded else ()
-    said = (settings, window.hashed, window.data, plan.mesh, batches, inputs.found.shards)
+    said = (settings, window.hashed, window.data, mesh, inputs.found.shards)
     processes.require_same(sha256(repr(said)))

@@ -27,7 +27,7 @@ from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
 # The first is what a run waits for: some seconds. Fewer rows would be padded more.
 WINDOW_ROWS = 16_384
 _WINDOW_CHARACTERS = 2**26
-_SAMPLE_ROWS = 8_192  # that a plan is made of
+_SAMPLE_ROWS = 4_096  # that a plan is made of
 # Windows that may wait for the devices. A million rows are read at once, so that faults of the
 # data show in minutes, and how long the run will take.
 _AHEAD = 64

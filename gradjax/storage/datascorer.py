@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
+from gradjax.errors import GradjaxError
 from gradjax.storage.filesystem import write_json_lines
 from gradjax.storage.store import read_shards, require_group
 
@@ -23,9 +24,15 @@ def datascorer_rows(directory: str | Path, group: str, statistic: str) -> Iterat
       statistic: `effective_rank` or `nuclear_norm`.
 
     Raises:
-      GradjaxError: if there is no such run or group.
+      GradjaxError: if there is no such run or group, or not all of its rows are read yet.
     """
     manifest = require_group(directory, group)
+    rows = manifest["data"][group]["rows"]
+    if rows is None:
+        raise GradjaxError(
+            f"{directory} is not finished: group {group} was not read to its end; give the "
+            "command that began it again, and it goes on"
+        )
     columns = ["example_id", "projection", statistic]
     parts = [
         shard.to_pandas().groupby(["example_id", "projection"])[statistic].mean().unstack()
@@ -34,7 +41,7 @@ def datascorer_rows(directory: str | Path, group: str, statistic: str) -> Iterat
     ]
     projections = manifest["settings"]["projections"]
     means = pd.concat(parts) if parts else pd.DataFrame()
-    means = means.reindex(index=range(manifest["data"][group]["rows"]), columns=projections)
+    means = means.reindex(index=range(rows), columns=projections)
     names = [f"{projection.upper()}_{SCORERS[statistic]}" for projection in projections]
     for number, values in zip(means.index, means.to_numpy().tolist(), strict=True):
         known = (None if pd.isna(value) else value for value in values)

@@ -38,9 +38,10 @@ def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]
         )
     in_group = pc.field("group") == group
     examples = read_table(directory, "examples", where=in_group).sort_by("example_id")
-    missing = manifest["data"][group]["rows"] - examples.num_rows
-    if missing:
-        logging.warning("%s is unfinished: %d rows of %s are missing", directory, missing, group)
+    rows = manifest["data"][group]["rows"]
+    if rows != examples.num_rows:
+        missing = f"{rows - examples.num_rows:,}" if rows else "some"
+        logging.warning("%s is unfinished: %s rows of %s are missing", directory, missing, group)
     # Shards are in the order in which rows were computed, and the file is in theirs.
     gradients, places = Spool(), dict[int, int]()
     shards = (read_shards(directory, name, where=in_group) for name in ("spectra", "similarity"))

@@ -78,10 +78,10 @@ def read_values(directory: str | Path, layers: str = "all") -> RunValues:
     """
     manifest = read_manifest(directory)
     _require_version(directory, manifest)
-    if missing := rows_to_come(directory):
+    if (missing := rows_to_come(directory)) != 0:
         raise GradjaxError(
-            f"{directory} is not finished: {missing} rows are missing; give the command that began "
-            "it again, and it goes on"
+            f"{directory} is not finished: {missing or 'some'} rows are missing; give the command "
+            "that began it again, and it goes on"
         )
     settings = manifest["settings"]
     chosen = list(settings["layers"])
@@ -168,10 +168,12 @@ def group_means(directory: str | Path) -> pd.DataFrame:
     return table
 
 
-def rows_to_come(directory: str | Path) -> int:
-    """How many of a run's input rows it does not hold yet."""
-    rows = sum(data["rows"] for data in read_manifest(directory)["data"].values())
-    return rows - read_table(directory, "examples", ["example_id"]).num_rows
+def rows_to_come(directory: str | Path) -> int | None:
+    """How many of a run's input rows it does not hold yet; None before all of them are read."""
+    rows = [data["rows"] for data in read_manifest(directory)["data"].values()]
+    if None in rows:
+        return None
+    return sum(rows) - read_table(directory, "examples", ["example_id"]).num_rows
 
 
 def unused_rows(directory: str | Path) -> list[str]:
