@@ -11,22 +11,24 @@ import sys
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from scipy.stats import bootstrap
 
-from gradjax.storage.results import KEY, RunValues, read_values
+import gradjax
+from gradjax.storage.results import KEY
 
 # Okabe and Ito's colours, for colour-blind readers too.
 GROUPS = {"slow": ("right steps", "#0072B2"), "corrupted": ("wrong steps", "#D55E00")}
 SIZE = 9  # of text, in points
 
 
-def draw(axes: Axes, run: RunValues, statistic: str) -> None:
+def draw(axes: Axes, matrices: pd.DataFrame, statistic: str) -> None:
     """A statistic's means by layer in each group, over their intervals."""
     for group, (_, colour) in GROUPS.items():
-        rows = run.matrices[run.matrices["group"] == group]
+        rows = matrices[matrices["group"] == group]
         values = rows.groupby([*KEY, "layer"])[statistic].mean().unstack()  # examples x layers
         means = values.mean()
         drawn = bootstrap([values], np.mean, axis=0, method="percentile", rng=0)
@@ -34,7 +36,7 @@ def draw(axes: Axes, run: RunValues, statistic: str) -> None:
         axes.fill_between(means.index, *band, color=colour, linewidth=0, alpha=0.25)
         axes.plot(means.index, means, color=colour, marker="o", markersize=4, linewidth=2)
     axes.set_xlabel("layer", fontsize=SIZE)
-    axes.set_xticks(sorted(run.matrices["layer"].unique()))
+    axes.set_xticks(sorted(matrices["layer"].unique()))
     axes.tick_params(labelsize=SIZE)
     axes.grid(linewidth=0.5, alpha=0.4)
     axes.spines[["top", "right"]].set_visible(False)
@@ -46,11 +48,11 @@ def label(axes: Axes, group: str, x: float, y: float) -> None:
     axes.text(x, y, f"{name} ({group})", color=colour, fontsize=SIZE, fontweight="bold")
 
 
-def first_picture(run: RunValues) -> Figure:
+def first_picture(matrices: pd.DataFrame) -> Figure:
     """Nuclear norm and effective rank of the embedded groups."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     norm, rank = figure.subplots(1, 2)
-    draw(norm, run, "nuclear_norm")
+    draw(norm, matrices, "nuclear_norm")
     norm.set(yscale="log", ylim=(0.002, 6))
     norm.yaxis.set_major_locator(FixedLocator([0.01, 0.1, 1]))
     norm.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -58,7 +60,7 @@ def first_picture(run: RunValues) -> Figure:
     norm.set_title("nuclear norm (log scale)", fontsize=SIZE)
     label(norm, "corrupted", 0.9, 2.5)
     label(norm, "slow", 1.3, 0.06)
-    draw(rank, run, "effective_rank")
+    draw(rank, matrices, "effective_rank")
     rank.set(ylim=(0, 12))
     rank.set_title("effective rank (number of directions)", fontsize=SIZE)
     label(rank, "corrupted", 1.2, 9.7)
@@ -73,5 +75,5 @@ if __name__ == "__main__":
     directory, output = sys.argv[1:]
     # Text stays text, and the same run gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gradjax"}):
-        picture = first_picture(read_values(directory))
+        picture = first_picture(gradjax.open_run(directory).spectra)
         picture.savefig(output, format="svg", metadata={"Date": None})

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import gradjax
 from gradjax.config import RunConfig
 from gradjax.runs.run import run
-from gradjax.storage.results import group_means, read_values
+from gradjax.storage.results import group_means
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gradjax"
@@ -204,7 +205,7 @@ def test_table_and_first_picture_are_those_of_the_embedded_example(tmp_path: Pat
     assert spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    norm, rank = script.first_picture(read_values(directory)).axes
+    norm, rank = script.first_picture(gradjax.open_run(directory).spectra).axes
     for axes, columns in ((norm, slice(0, 4)), (rank, slice(4, 8))):
         for line, group in zip(axes.lines, ("slow", "corrupted"), strict=True):
             expected = sum(shown_table("README.md")[group][columns]) / 4

@@ -1,6 +1,7 @@
 """Figures: what they draw is what numpy says, and their files are what they claim to be."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,7 +18,7 @@ from matplotlib.text import Text
 import gradjax
 from gradjax.errors import GradjaxError
 from gradjax.report import figures
-from gradjax.storage.results import SPECTRAL, RunValues, read_values
+from gradjax.storage.results import SPECTRAL, RunValues, read_values, summed_up
 from gradjax.storage.store import open_store
 from gradjax.structs import ATTENTION, Example, ExampleResult, Spectrum, TokenizedExample
 
@@ -26,12 +27,18 @@ COUNTS = {"slow": 11, "fast": 13}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
+@dataclasses.dataclass(frozen=True)
+class MadeUpRun(RunValues):
+    matrices: pd.DataFrame  # a row per example, layer and projection
+
+
 def made_up_run(
     name: str = "tiny",
     counts: dict[str, int] = COUNTS,
     layers: int = LAYERS,
     directory: str = "runs/tiny",
-) -> RunValues:
+    change: Callable[[pd.DataFrame], pd.DataFrame] = lambda matrices: matrices,
+) -> MadeUpRun:
     """Random numbers; each group's last row is unusable, and its first lacks ranks in layer 0."""
     random = np.random.default_rng(5)
     examples, matrices = [], []
@@ -47,7 +54,11 @@ def made_up_run(
                     matrices.append((group, example, layer, projection, norm, rank, share))
         examples.append((group, count, "empty_response", 9, 0, np.nan))
     columns = ["group", "example_id", "status", "num_tokens", "num_target_tokens", "loss"]
-    return RunValues(
+    names = ["group", "example_id", "layer", "projection", *SPECTRAL]
+    table = change(pd.DataFrame(matrices, columns=names))
+    third = table["example_id"] % 3  # as in three shards
+    by_example, by_layer = summed_up(table[third == part] for part in range(3))
+    return MadeUpRun(
         directory=directory,
         name=name,
         manifest={
@@ -59,15 +70,16 @@ def made_up_run(
                 "store_singular_values": True,
             },
         },
+        layers=list(range(layers)),
         examples=pd.DataFrame(examples, columns=columns),
-        matrices=pd.DataFrame(
-            matrices, columns=["group", "example_id", "layer", "projection", *SPECTRAL]
-        ),
-        similarity=pd.DataFrame(),
+        by_example=by_example,
+        by_layer=by_layer,
+        cosines=pd.Series(dtype=float),
+        matrices=table,
     )
 
 
-def numbers(run: RunValues, group: str, projection: str, statistic: str) -> np.ndarray:
+def numbers(run: MadeUpRun, group: str, projection: str, statistic: str) -> np.ndarray:
     """[examples, layers] of what was made up."""
     rows = run.matrices.query("group == @group and projection == @projection")
     return (
@@ -130,8 +142,11 @@ def test_layer_curves_show_means_and_their_intervals(statistic):
 
 
 def test_nuclear_norms_share_a_scale_and_ranks_do_not():
-    run = made_up_run()
-    run.matrices.loc[run.matrices["projection"] == "v", list(SPECTRAL)] *= 50
+    def change(matrices: pd.DataFrame) -> pd.DataFrame:
+        matrices.loc[matrices["projection"] == "v", list(SPECTRAL)] *= 50
+        return matrices
+
+    run = made_up_run(change=change)
     norms = figures.layer_curves(run, "slow", "fast", "nuclear_norm").axes
     assert len({axes.get_ylim() for axes in norms}) == 1
     ranks = figures.layer_curves(run, "slow", "fast", "effective_rank").axes
@@ -190,8 +205,8 @@ def sorted_pairs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def test_many_points_are_thinned_and_the_figure_says_so():
-    run = made_up_run(counts={"slow": 2003, "fast": 13}, layers=1)
-    run = dataclasses.replace(run, matrices=run.matrices.fillna(1.0))
+    counts = {"slow": 2003, "fast": 13}
+    run = made_up_run(counts=counts, layers=1, change=lambda matrices: matrices.fillna(1.0))
     first, second = (figures.rank_against_length(run, "slow", "fast") for _ in range(2))
     many, few = first.axes[0].collections
     assert (len(many.get_offsets()), len(few.get_offsets())) == (2000, 13)
@@ -211,8 +226,7 @@ def test_responses_of_one_length(tmp_path):
 
 
 def test_zero_gradients_leave_panels_empty(tmp_path):
-    run = made_up_run()
-    run.matrices["effective_rank"] = np.nan
+    run = made_up_run(change=lambda matrices: matrices.assign(effective_rank=np.nan))
     for figure in (
         figures.layer_curves(run, "slow", "fast", "effective_rank"),
         figures.rank_against_length(run, "slow", "fast"),

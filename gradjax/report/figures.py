@@ -60,8 +60,7 @@ def layer_curves(run: RunValues, high: str, low: str, statistic: str) -> Figure:
     for number, group in enumerate((high, low)):
         for axes, projection in zip(panels[0], run.projections, strict=True):
             by_layer = _by_layer(run, group, projection, statistic)
-            means = by_layer.mean()
-            margin = _Z * by_layer.sem()
+            means, margin = by_layer["mean"], _Z * by_layer["sem"]
             _draw(axes, means.index, means, _style(number), (means - margin, means + margin))
     _label(panels, run.projections, "layer", _UNITS[statistic])
     for axes in panels[0]:
@@ -174,7 +173,7 @@ def models(runs: Sequence[RunValues], high: str, low: str, statistic: str) -> Fi
         for line, group in sides:
             run.rows(group)  # or it says what is wrong
             for axes, projection in zip(panels[0], projections, strict=True):
-                means = _by_layer(run, group, projection, statistic).mean()
+                means = _by_layer(run, group, projection, statistic)["mean"]
                 _draw(axes, means.index / last, means, style | {"linestyle": line})
         legend.append((style | {"linestyle": ""}, _literal(run.name)))
     _label(panels, projections, "relative depth", _UNITS[statistic])
@@ -201,11 +200,11 @@ def save(figure: Figure, path_without_suffix: str | Path) -> None:
             figure.savefig(temporary, format=suffix, **settings)
 
 
-def _by_layer(run: RunValues, group: str, projection: str, statistic: str) -> Any:
-    """A statistic's numbers, grouped by layer."""
-    matrices = run.matrices
-    chosen = (matrices["group"] == group) & (matrices["projection"] == projection)
-    return matrices[chosen].groupby("layer")[statistic]
+def _by_layer(run: RunValues, group: str, projection: str, statistic: str) -> pd.DataFrame:
+    """Mean and standard error of a statistic, over layers."""
+    numbers = pd.DataFrame(run.by_layer[statistic])
+    of, by = (numbers.index.get_level_values(name) for name in ("group", "projection"))
+    return numbers[(of == group) & (by == projection)].droplevel(["group", "projection"])
 
 
 def _quartiles(lists: pa.ListArray) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, "3 k"]]:

@@ -36,10 +36,11 @@ def spectra_table(run: RunValues, pairs: Pairs, by: str = "projection") -> pd.Da
         values = example_values(run)[list(SPECTRA)].drop(columns=ALL, level=1)
         values.columns = [f"{statistic}_{projection}" for statistic, projection in values.columns]
         return values[values.index.isin(groups, level="group")].reset_index()
-    means = run.matrices.groupby(["group", "layer", "projection"])[list(SPECTRA)].mean()
+    means = pd.DataFrame({statistic: run.by_layer[statistic, "mean"] for statistic in SPECTRA})
+    means = means.reorder_levels(["group", "layer", "projection"])
     order = [projection for projection in _ORDER if projection in run.projections]
     if by == "layer":
-        layers = sorted(run.matrices["layer"].unique())
+        layers = run.layers
         keys = itertools.product(SPECTRA, layers, order)
         levels = ["group", "layer", "projection"]
     else:
@@ -60,11 +61,11 @@ def similarity_table(run: RunValues, pairs: Pairs) -> pd.DataFrame:
     Returns:
       Columns comparison, kind, projection, high, low, gap.
     """
-    cosines = run.similarity
-    adjacent = cosines["layer_b"] == cosines["layer_a"] + 1
-    cosines = cosines[adjacent | (cosines["kind"] == "same_layer")]
-    levels = ["group", "kind", "projection"]
-    means = cosines.groupby([*levels, "layer_a"])["cosine"].mean().groupby(levels).mean()
+    cosines = run.cosines
+    layer_a, layer_b = (cosines.index.get_level_values(name) for name in ("layer_a", "layer_b"))
+    within = cosines.index.get_level_values("kind") == "same_layer"
+    chosen = cosines[within | (layer_b == layer_a + 1)]
+    means = chosen.groupby(level=["group", "kind", "projection"]).mean()
     there = set(means.index.droplevel("group"))
     return _gaps(means, pairs, [key for key in _SIMILARITIES if key in there])
 

@@ -255,7 +255,7 @@ def _drawings(
     for run in runs:
         where = f"{run.name}: " if len(runs) > 1 else ""
         which = f"{run.name}_" if len(runs) > 1 else ""
-        layers = sorted(run.matrices["layer"].unique())
+        layers = run.layers
         for high, low in pairs:
             title, name = f"{where}{high} against {low}", f"{which}{high}_{low}"
             for statistic, word in tables.SPECTRA.items():

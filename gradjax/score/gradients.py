@@ -5,10 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
 from gradjax.errors import GradjaxError
-from gradjax.storage.results import KEY, SPECTRAL, read_values
-from gradjax.storage.store import read_table
+from gradjax.storage.results import (
+    KEY,
+    SPECTRAL,
+    example_means,
+    read_matrices,
+    require_finished,
+)
+from gradjax.storage.store import read_shards, read_table
 from gradjax.structs import ATTENTION
 
 _STATISTICS = ("frobenius_norm", "spectral_norm", "mean", "max", "min")
@@ -37,28 +44,39 @@ def run_scores(
       GradjaxError: if there is no such run, it is not finished, or lacks some of the layers or
         projections.
     """
-    run = read_values(directory, layers)
-    if absent := [name for name in projections if name not in run.projections]:
+    manifest, chosen = require_finished(directory, layers)
+    measured = manifest["settings"]["projections"]
+    if absent := [name for name in projections if name not in measured]:
         raise GradjaxError(
             f"--projections={','.join(projections)}: {directory} was run without {absent[0]}; it "
-            f"has {','.join(run.projections)}"
+            f"has {','.join(measured)}"
         )
     columns = ["row_hash", "status", "reason", "num_tokens", "num_target_tokens", "loss"]
     rows = read_table(directory, "examples", [*KEY, *columns]).to_pandas()
     with np.errstate(over="ignore"):
         rows["perplexity"] = np.exp(rows["loss"])
-    where = [*KEY, "layer", "projection"]
-    others = read_table(directory, "spectra", [*where, *_STATISTICS]).to_pandas()
-    matrices = run.matrices.merge(others.rename(columns=_NAMES), on=where)
-    matrices = matrices[matrices["projection"].isin(projections)]
-    names = [*SPECTRAL, *(_NAMES.get(name, name) for name in _STATISTICS)]
-    by_projection = matrices.groupby([*KEY, "projection"])[names].mean()
-    ranks = by_projection["effective_rank"].unstack("projection").add_prefix("effective_rank_")
-    pairs = run.similarity["projection"].str.split("-")  # q-o, or a projection alone
-    chosen = run.similarity[[set(pair) <= set(projections) for pair in pairs]]
-    cosines = chosen.groupby([*KEY, "kind"])["cosine"].mean().unstack("kind")
-    cosines = cosines.reindex(columns=list(_COSINES)).rename(columns=_COSINES)
-    parts = [by_projection.groupby(KEY).mean(), ranks, cosines]
+    shards = read_matrices(directory, chosen, _STATISTICS)
+    means = pd.concat([example_means(matrices, (*SPECTRAL, *_STATISTICS)) for matrices in shards])
+    means = means.loc[:, means.columns.get_level_values("projection").isin(projections)]
+    ranks = means["effective_rank"].add_prefix("effective_rank_")
+    averaged = means.T.groupby(level=0, sort=False).mean().T.rename(columns=_NAMES)
+    parts = [averaged, ranks, _cosines(directory, chosen, projections)]
     for part in parts:
         rows = rows.join(part, on=KEY)
     return rows
+
+
+def _cosines(
+    directory: str | Path, layers: Sequence[int], projections: Sequence[str]
+) -> pd.DataFrame:
+    """Means of each row's cosines of some projections, by kind."""
+    where = pc.field("layer_a").isin(list(layers)) & pc.field("layer_b").isin(list(layers))
+    columns = [*KEY, "kind", "projection", "cosine"]
+    none = pd.MultiIndex.from_arrays([[], []], names=KEY)
+    parts = [pd.DataFrame(index=none, columns=[*_COSINES], dtype=float)]
+    for (shard,) in read_shards(directory, {"similarity": columns}, where):
+        cosines = shard.to_pandas()
+        pairs = cosines["projection"].str.split("-")  # q-o, or a projection alone
+        cosines = cosines[[set(pair) <= set(projections) for pair in pairs]]
+        parts.append(cosines.groupby([*KEY, "kind"])["cosine"].mean().unstack("kind"))
+    return pd.concat(parts).reindex(columns=list(_COSINES)).rename(columns=_COSINES)

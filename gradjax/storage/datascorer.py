@@ -36,7 +36,7 @@ def datascorer_rows(directory: str | Path, group: str, statistic: str) -> Iterat
     columns = ["example_id", "projection", statistic]
     parts = [
         shard.to_pandas().groupby(["example_id", "projection"])[statistic].mean().unstack()
-        for shard in read_shards(directory, "spectra", columns, pc.field("group") == group)
+        for (shard,) in read_shards(directory, {"spectra": columns}, pc.field("group") == group)
         if shard.num_rows
     ]
     projections = manifest["settings"]["projections"]

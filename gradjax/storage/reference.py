@@ -17,7 +17,7 @@ from absl import logging
 from gradjax.errors import GradjaxError
 from gradjax.storage.filesystem import write_json_lines
 from gradjax.storage.spool import Spool
-from gradjax.storage.store import read_shards, read_table, require_group
+from gradjax.storage.store import TABLES, read_shards, read_table, require_group
 from gradjax.structs import ATTENTION, PROJECTIONS
 
 # Examples whose texts are held at once.
@@ -44,8 +44,8 @@ def reference_rows(directory: str | Path, group: str) -> Iterator[dict[str, Any]
         logging.warning("%s is unfinished: %s rows of %s are missing", directory, missing, group)
     # Shards are in the order in which rows were computed, and the file is in theirs.
     gradients, places = Spool(), dict[int, int]()
-    shards = (read_shards(directory, name, where=in_group) for name in ("spectra", "similarity"))
-    for spectra, similarity in zip(*shards, strict=True):
+    columns = {name: TABLES[name].names for name in ("spectra", "similarity")}
+    for spectra, similarity in read_shards(directory, columns, in_group):
         cosines = dict(_by_example(similarity))
         for example_id, rows in _by_example(spectra):
             places[example_id] = len(gradients)

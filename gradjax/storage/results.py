@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
 from gradjax.config import SpectraConfig
 from gradjax.errors import GradjaxError, did_you_mean
@@ -20,19 +22,21 @@ KEY = ["group", "example_id"]
 
 @dataclasses.dataclass(frozen=True)
 class RunValues:
-    """One run's tables, of the layers asked for.
+    """One run's numbers, of the layers asked for.
 
-    `examples` has one row per input row, without texts. `matrices` has one per `ok` example,
-    layer and projection: nuclear_norm, effective_rank and normalized_effective_rank, which is
-    R / min(T, m, n) of a gradient m × n of T tokens. `similarity` is the store's.
+    `examples` has one row per input row, without texts. The others are of `ok` examples, and of
+    the statistics nuclear_norm, effective_rank and normalized_effective_rank, which is
+    R / min(T, m, n) of a gradient m × n of T tokens. What has no number is left out of a mean.
     """
 
     directory: str | Path
     name: str  # the model's
     manifest: dict[str, Any]
+    layers: list[int]  # ascending
     examples: pd.DataFrame
-    matrices: pd.DataFrame
-    similarity: pd.DataFrame
+    by_example: pd.DataFrame  # over `KEY`, columns (statistic, projection): means over layers
+    by_layer: pd.DataFrame  # over group, projection, layer; (statistic, count | mean | sem)
+    cosines: pd.Series  # means over group, kind, projection, layer_a, layer_b
 
     @property
     def groups(self) -> list[str]:
@@ -73,6 +77,98 @@ def read_values(directory: str | Path, layers: str = "all") -> RunValues:
     """Reads a finished run.
 
     Raises:
+      GradjaxError: as `require_finished`.
+    """
+    manifest, chosen = require_finished(directory, layers)
+    columns = ["group", "example_id", "status", "reason", "num_tokens", "num_target_tokens"]
+    examples = read_table(directory, "examples", [*columns, "truncated", "loss"]).to_pandas()
+    by_example, by_layer = summed_up(read_matrices(directory, chosen))
+    name = manifest["model"]["name"]
+    cosines = _mean_cosines(directory, chosen)
+    return RunValues(directory, name, manifest, chosen, examples, by_example, by_layer, cosines)
+
+
+def read_matrices(
+    directory: str | Path, layers: Sequence[int], also: Sequence[str] = ()
+) -> Iterator[pd.DataFrame]:
+    """A row per `ok` example, layer and projection, shard by shard: whole examples.
+
+    A million rows have a hundred million of them.
+
+    Args:
+      also: further columns of `spectra`, beside those that `normalized_effective_rank` needs.
+    """
+    manifest = read_manifest(directory)
+    sides = {name: min(shape) for name, shape in manifest["gradient_shapes"].items()}
+    columns = [*KEY, "layer", "projection", "nuclear_norm", "effective_rank", *also]
+    tables = {"spectra": columns, "examples": [*KEY, "num_tokens"]}
+    none = tuple(TABLES[name].empty_table().select(of) for name, of in tables.items())
+    for shard, rows in itertools.chain([none], read_shards(directory, tables)):
+        matrices = shard.to_pandas()
+        matrices = matrices[matrices["layer"].isin(layers)].reset_index(drop=True)
+        tokens = matrices.merge(rows.to_pandas(), on=KEY, how="left")["num_tokens"]
+        most = np.minimum(tokens.to_numpy(), matrices["projection"].map(sides).to_numpy())
+        matrices["normalized_effective_rank"] = matrices["effective_rank"] / most
+        yield matrices
+
+
+def example_means(matrices: pd.DataFrame, statistics: Sequence[str]) -> pd.DataFrame:
+    """Means over layers, over `KEY`, with columns (statistic, projection)."""
+    means = matrices.groupby([*KEY, "projection"])[list(statistics)].mean()
+    return pd.DataFrame(means.unstack("projection"))
+
+
+def summed_up(shards: Iterable[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`by_example` and `by_layer` of `RunValues`, from parts of whole examples."""
+    examples, layers = [], []
+    for matrices in shards:
+        examples.append(example_means(matrices, SPECTRAL))
+        numbers = matrices.groupby(["group", "projection", "layer"])[list(SPECTRAL)]
+        layers.append(numbers.agg(["count", "mean", "var"]))
+    return pd.concat(examples).sort_index(), _joined(pd.concat(layers))
+
+
+def _joined(parts: pd.DataFrame) -> pd.DataFrame:
+    """Counts, means and standard errors of the whole, from count, mean and var of its parts.
+
+    Chan, Golub and LeVeque (1979): squares about each part's own mean, and of means about the
+    whole's.
+    """
+    levels = list(parts.index.names)
+
+    def part(name: str) -> pd.DataFrame:
+        return parts.loc[:, (slice(None), name)].droplevel(1, axis=1)
+
+    def sums(values: pd.DataFrame) -> pd.DataFrame:
+        return values.groupby(level=levels).sum()
+
+    counts, means = part("count"), part("mean")
+    total = sums(counts)
+    mean = sums(counts * means) / total.where(total > 0)
+    about = means - mean.reindex(means.index)
+    squares = sums(part("var") * (counts - 1)) + sums(counts * about**2)
+    sem = (squares / (total - 1).where(total > 1) / total).pow(0.5)
+    whole = pd.concat({"count": total, "mean": mean, "sem": sem}, axis=1)
+    return whole.swaplevel(axis="columns").sort_index()
+
+
+def _mean_cosines(directory: str | Path, layers: Sequence[int]) -> pd.Series:
+    levels = ["group", "kind", "projection", "layer_a", "layer_b"]
+    where = pc.field("layer_a").isin(list(layers)) & pc.field("layer_b").isin(list(layers))
+    tables = {"similarity": [*levels, "cosine"]}
+    none = TABLES["similarity"].empty_table().select(tables["similarity"])
+    parts = [
+        shard.to_pandas().groupby(levels)["cosine"].agg(["sum", "count"])
+        for (shard,) in itertools.chain([(none,)], read_shards(directory, tables, where))
+    ]
+    totals = pd.concat(parts).groupby(level=levels).sum()
+    return totals["sum"] / totals["count"].where(totals["count"] > 0)
+
+
+def require_finished(directory: str | Path, layers: str) -> tuple[dict[str, Any], list[int]]:
+    """The manifest of a finished run, and those of its layers that are asked for.
+
+    Raises:
       GradjaxError: if there is no run, if it is not finished, was written by another version of
         the store, or lacks some of the layers.
     """
@@ -83,25 +179,13 @@ def read_values(directory: str | Path, layers: str = "all") -> RunValues:
             f"{directory} is not finished: {missing or 'some'} rows are missing; give the command "
             "that began it again, and it goes on"
         )
-    settings = manifest["settings"]
-    chosen = list(settings["layers"])
-    if layers != "all":
-        chosen = SpectraConfig(layers=layers).layer_numbers(chosen[-1] + 1)
-        if absent := sorted(set(chosen) - set(settings["layers"])):
-            raise GradjaxError(f"--layers={layers}: {directory} was run without layers {absent}")
-    columns = ["group", "example_id", "status", "reason", "num_tokens", "num_target_tokens"]
-    examples = read_table(directory, "examples", [*columns, "truncated", "loss"]).to_pandas()
-    columns = [*KEY, "layer", "projection", "nuclear_norm", "effective_rank"]
-    matrices = read_table(directory, "spectra", columns).to_pandas()
-    matrices = matrices[matrices["layer"].isin(chosen)]
-    tokens = matrices.merge(examples[[*KEY, "num_tokens"]], on=KEY, how="left")["num_tokens"]
-    sides = {name: min(shape) for name, shape in manifest["gradient_shapes"].items()}
-    most = np.minimum(tokens.to_numpy(), matrices["projection"].map(sides).to_numpy())
-    matrices["normalized_effective_rank"] = matrices["effective_rank"] / most
-    similarity = read_table(directory, "similarity").to_pandas()
-    within = similarity["layer_a"].isin(chosen) & similarity["layer_b"].isin(chosen)
-    name = manifest["model"]["name"]
-    return RunValues(directory, name, manifest, examples, matrices, similarity[within])
+    there = list(manifest["settings"]["layers"])
+    if layers == "all":
+        return manifest, there
+    chosen = SpectraConfig(layers=layers).layer_numbers(there[-1] + 1)
+    if absent := sorted(set(chosen) - set(there)):
+        raise GradjaxError(f"--layers={layers}: {directory} was run without layers {absent}")
+    return manifest, list(chosen)
 
 
 def _require_version(directory: str | Path, manifest: dict[str, Any]) -> None:
@@ -120,10 +204,10 @@ def example_values(run: RunValues) -> pd.DataFrame:
       A frame over (group, example_id) with columns (statistic, projection); null where no layer
       has a number.
     """
-    means = run.matrices.groupby([*KEY, "projection"])[list(SPECTRAL)].mean()
-    parts = {s: means[s].unstack("projection")[run.projections] for s in SPECTRAL}
-    for part in parts.values():
-        part[ALL] = part.mean(axis=1)
+    parts: dict[str, pd.DataFrame] = {}
+    for statistic in SPECTRAL:
+        means = pd.DataFrame({p: run.by_example[statistic, p] for p in run.projections})
+        parts[statistic] = means.assign(**{ALL: means.mean(axis=1)})
     loss = run.examples[run.examples["status"] == "ok"].set_index(KEY)["loss"]
     parts["loss"] = pd.DataFrame({ALL: loss})
     return pd.concat(parts, axis=1).sort_index()
@@ -147,16 +231,10 @@ def group_means(directory: str | Path) -> pd.DataFrame:
     `("rows", "not used")` count.
     """
     examples = read_table(directory, "examples", ["group", "status", "loss"]).to_pandas()
-    where, numbers = ["group", "layer", "projection"], list(_NUMBERS)
-    # Shard by shard: a million rows have a hundred million matrices.
-    none = TABLES["spectra"].empty_table().select([*where, *numbers])
-    shards = itertools.chain([none], read_shards(directory, "spectra", [*where, *numbers]))
-    parts = [shard.to_pandas().groupby(where)[numbers].agg(["sum", "count"]) for shard in shards]
-    totals = pd.concat(parts).groupby(level=where).sum()
-    counts = totals.xs("count", axis="columns", level=1)
-    by_layer = totals.xs("sum", axis="columns", level=1) / counts.where(counts > 0)
-    means = by_layer.groupby(["group", "projection"]).mean().unstack("projection")
     manifest = read_manifest(directory)
+    _, by_layer = summed_up(read_matrices(directory, manifest["settings"]["layers"]))
+    layer_means = pd.DataFrame({number: by_layer[number, "mean"] for number in _NUMBERS})
+    means = pd.DataFrame(layer_means.groupby(["group", "projection"]).mean().unstack("projection"))
     order = [(n, p) for n in _NUMBERS for p in manifest["settings"]["projections"]]
     groups = manifest["data"]  # in the order they were given
     columns = pd.MultiIndex.from_tuples(order, names=["measure", "part"])

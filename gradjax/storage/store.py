@@ -8,7 +8,7 @@ kept when the run is taken up again. Several processes of a run write shards of 
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
@@ -282,15 +282,23 @@ def read_table(
 
 
 def read_shards(
-    directory: str | Path,
-    table: str,
-    columns: list[str] | None = None,
-    where: pc.Expression | None = None,
-) -> Iterator[pa.Table]:
-    """`read_table` shard by shard: all rows of an example are in one, the same in every table."""
+    directory: str | Path, tables: Mapping[str, list[str]], where: pc.Expression | None = None
+) -> Iterator[tuple[pa.Table, ...]]:
+    """`read_table` of several tables, shard by shard.
+
+    All rows of an example are in one shard, the same in every table. Runs may go on meanwhile:
+    these are the shards of one moment.
+
+    Args:
+      tables: columns by name of the table.
+      where: a filter over columns that all of them have.
+    """
     place = open_place(directory)
     for name in _shards(place, "examples"):
-        yield _read(place, table, [place.path(f"{table}/{name}")], columns, where)
+        yield tuple(
+            _read(place, table, [place.path(f"{table}/{name}")], columns, where)
+            for table, columns in tables.items()
+        )
 
 
 def _read(
