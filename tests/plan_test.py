@@ -83,7 +83,7 @@ def test_memory_is_what_the_compiled_programs_hold(rows, length, keep, projectio
     config = SpectraConfig(projections=projections)
     found = batch_memory(model, config, batch, 4, ALONE, "cpu", keep_activations=keep)
     compiled = compiled_bytes(model, rows, length, keep=keep, projections=projections)
-    assert found.total == pytest.approx(sum(compiled.values()), rel=0.15)
+    assert found.total - found.host == pytest.approx(sum(compiled.values()), rel=0.15)
     for part, expected in compiled.items():
         assert getattr(found, part) == pytest.approx(expected, rel=0.25), part
 
@@ -103,7 +103,7 @@ def test_memory_grows_with_depth_by_the_block_inputs_alone():
             "cpu",
             keep_activations=False,
         )
-        assert planned.total == pytest.approx(sum(found.values()), rel=0.15)
+        assert planned.total - planned.host == pytest.approx(sum(found.values()), rel=0.15)
         totals[num_layers] = sum(found.values()) - found["weights"] - found["block_inputs"]
         assert found["block_inputs"] == num_layers * rows * length * model.hidden_size * 4
     assert len(set(totals.values())) == 1
@@ -249,6 +249,7 @@ def test_run_that_cannot_fit_is_refused_with_what_would_help(
     mebibytes, remedy, monkeypatch, tmp_path
 ):
     device = Device("cpu", "cpu", mebibytes * 2**20)
+    monkeypatch.setattr(cost, "_PROCESS", 0)
     monkeypatch.setattr("gradjax.runs.run.local_device", lambda: device)
     config = RunConfig(limit=30, output_dir=tmp_path / "run", spectra=SpectraConfig(layers="3"))
     with pytest.raises(GradjaxError, match=remedy):

@@ -17,6 +17,7 @@ from gradjax.data.word_problems import demo_rows
 from gradjax.device import local_device
 from gradjax.distributed import Processes
 from gradjax.errors import GradjaxError
+from gradjax.runs import cost
 from gradjax.runs import run as run_module
 from gradjax.runs import windows as windows_module
 from gradjax.runs.inputs import read_inputs
@@ -269,6 +270,7 @@ def test_a_plan_of_many_rows_is_of_a_sample_and_says_so(tmp_path, monkeypatch, c
 
 def test_a_window_that_does_not_fit_is_refused(tmp_path, monkeypatch, small_windows):
     """The longest row comes late."""
+    monkeypatch.setattr(cost, "_PROCESS", 0)
     rows = [{"instruction": f"{n} + 1", "output": str(n + 1)} for n in range(20)]
     rows.append({"instruction": "count", "output": "1 2 3 " * 400})
     data = (jsonl(tmp_path / "rows.jsonl", rows),)

@@ -27,7 +27,12 @@ from gradjax.model.layers import einsum
 from gradjax.model.parameters import Parameter, all_parameters, axis_sizes, block_parameters
 from gradjax.sharding import AXES, TENSOR, format_mesh, split_axes
 from gradjax.spectra.batch import LAYERS_AHEAD
-from gradjax.spectra.decompose import decomposes_on_host, padded_side, resolved_route
+from gradjax.spectra.decompose import (
+    decomposes_on_host,
+    host_bytes,
+    padded_side,
+    resolved_route,
+)
 from gradjax.structs import SAME_LAYER_PAIRS, TokenizedExample, factor_names, sharing_inputs
 
 # Compressed bytes of a matrix's numbers, a singular value, a cosine and a byte of text in stores of
@@ -37,6 +42,8 @@ _DISK_MATRIX, _DISK_VALUE, _DISK_COSINE, _DISK_TEXT = 43, 3.3, 6.6, 0.5
 _ACTIVATIONS_SHARE = 0.25
 # JAX itself, the runtime and fragmentation.
 _USABLE = 0.95
+# Where the devices are the host's own cores: Python, JAX and what else is loaded.
+_PROCESS = 220 * 2**20
 
 
 class _Holds(NamedTuple):
@@ -72,11 +79,13 @@ class Memory:
     factors: int  # X and Δ of the layers whose spectra are in the making, and their gradients
     workspace: int  # of the fullest program
     code: int = 0  # of all programs
+    host: int = 0  # where its memory is the device's: the process, what its threads decompose
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.block_inputs + self.factors + self.workspace + self.code
+        parts = (self.weights, self.block_inputs, self.factors, self.workspace, self.code)
+        return sum(parts) + self.host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +246,14 @@ def batch_memory(
     again = 0 if keep_activations else activations
     fullest = max(spaces["head"], spaces["block_backward"] + again, spaces["spectra"])
     weights = weight_bytes(model, itemsize, mesh)
-    return Memory(weights, kept, alive, fullest + 2 * stream, _CODE.get(platform, 0))
+    host = 0
+    if platform == "cpu":
+        shapes = [_shape(model, projection) for projection in config.projections]
+        host = (_PROCESS + host_bytes(shapes, batch.length)) // math.prod(mesh.values())
+        # The last layers of the batch before are still being decomposed.
+        host += alive + kept * min(LAYERS_AHEAD + 1, len(layers)) // model.num_layers
+    code = _CODE.get(platform, 0)
+    return Memory(weights, kept, alive, fullest + 2 * stream, code, host)
 
 
 def gradient_bytes(model: DecoderConfig, config: SpectraConfig) -> int:
@@ -426,6 +442,7 @@ def format_plan(plan: Plan, dtype: str, seconds: float, disk: int) -> str:
         "factors": memory.factors,
         "workspace": memory.workspace,
         "programs": memory.code,
+        "host": memory.host,
         "together": memory.total,
         "available": plan.device.memory,
     }
@@ -447,8 +464,8 @@ def format_plan(plan: Plan, dtype: str, seconds: float, disk: int) -> str:
 
 
 def format_memory(parts: Mapping[str, int]) -> list[str]:
-    """A line for every part of a device's memory, given in bytes."""
-    return [f"{name:<11} {_size(size)} per device" for name, size in parts.items()]
+    """A line for every part of a device's memory that is there, given in bytes."""
+    return [f"{name:<11} {_size(size)} per device" for name, size in parts.items() if size]
 
 
 def estimated_seconds(plan: Plan, dtype: str) -> float:

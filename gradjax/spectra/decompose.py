@@ -1,7 +1,7 @@
 """Where the singular values of a layer's factors are computed: host pool, device, or both."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -77,6 +77,29 @@ def decomposes_on_host(platform: str) -> bool:
     return platform == "cpu"
 
 
+def host_bytes(shapes: Iterable[tuple[int, ...]], length: int) -> int:
+    """Bytes that the pool's threads hold at the most, each with a matrix of some [O, I].
+
+    Args:
+      length: tokens of the longest row.
+    """
+
+    def held(outputs: int, inputs: int) -> int:
+        side = min(outputs, inputs)
+        if length <= _FACTORS_UP_TO * side:
+            # X and one Δ in both formats; six cores: Grams, a factor, products, LAPACK's copy.
+            return 12 * length * (inputs + outputs) + 8 * 6 * length**2
+        return 8 * (outputs * inputs + 2 * side**2)
+
+    return _workers() * max(held(*shape) for shape in shapes)
+
+
+def _workers() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def decomposer(
     route: Route, projections: tuple[Projection, ...], mesh: Mesh, *, on_host: bool
@@ -90,9 +113,8 @@ def decomposer(
     if route == "gram" and not on_host:
         yield partial(_on_device, mesh, projections)
         return
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Tasks are parallel already: more than one BLAS thread each would make them wait.
-    with threadpoolctl.threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+    with threadpoolctl.threadpool_limits(1, "blas"), ThreadPoolExecutor(_workers()) as pool:
         if route == "gram":
             yield partial(_on_host, pool, projections)
         else:
