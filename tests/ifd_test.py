@@ -338,3 +338,14 @@ def test_a_hub_out_of_reach_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(GradjaxError, match="--ifd_model=openai-community/gpt2 is not in the"):
         load_language_model("gpt2")
+
+
+def test_progress_comes_by_batches_and_ends_with_every_row(pairs):
+    told: list[float] = []
+    usable = [example for example in examples() if example.status == "ok"]
+    score_ifd(pairs["gpt2"].ours, usable, done=told.append)
+    assert len(told) >= 2
+    rows = sum(told)
+    told.clear()
+    score_perplexity(pairs["gpt2"].ours, usable, done=told.append)
+    assert len(usable) - 2 <= rows <= sum(told) <= len(usable)  # some have no loss to compute

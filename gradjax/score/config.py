@@ -1,7 +1,7 @@
 """What a scoring is asked to do, checked before anything is loaded."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -121,3 +121,11 @@ class Score:
     values: dict[str, float | None]  # by column of scores/; None where undefined, never 0
     status: Status = "ok"
     reason: str = ""  # why a value is None
+
+
+# Is told of rows that have been scored, or parts of some.
+Done = Callable[[float], object]
+
+
+def nobody(rows: float) -> None:
+    """Where nobody shows progress."""

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from gradjax.score.answers import (
     shorten,
     unparsable,
 )
+from gradjax.score.config import Done, nobody
 
 # An answer that cannot be used comes again word for word at temperature 0.
 _TEMPERATURES = (0.0, 0.7, 0.7)
@@ -81,7 +83,9 @@ class Judge:
         text = json.dumps(self.body(prompt), sort_keys=True)
         return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
-    def ask(self, prompts: Sequence[str], parse: Callable[[str], T | None]) -> list[T | Failure]:
+    def ask(
+        self, prompts: Sequence[str], parse: Callable[[str], T | None], done: Done = nobody
+    ) -> list[T | Failure]:
         """What the model answers to each prompt, from the cache where it has been asked before.
 
         Equal prompts are asked once, answers that `parse` gives None for up to three times.
@@ -89,6 +93,7 @@ class Judge:
         Args:
           prompts: whole messages of a user.
           parse: an answer's meaning; None where it has none.
+          done: is told of prompts that are answered.
 
         Raises:
           GradjaxError: if there is no such endpoint or model, it refuses the key, 20 requests in
@@ -99,7 +104,15 @@ class Judge:
             found = cache.execute("SELECT EXISTS (SELECT 1 FROM answers)").fetchone()
             self._welcome = self._welcome or bool(found[0])
             missing = [prompt for prompt, answer in known.items() if answer is None]
-            new = asyncio.run(self._ask_all(missing, parse, cache)) if missing else {}
+            times = Counter(prompts)
+            done(sum(times[prompt] for prompt, answer in known.items() if answer is not None))
+
+            def answered(prompt: str) -> None:
+                done(times[prompt])
+
+            new = {}
+            if missing:
+                new = asyncio.run(self._ask_all(missing, parse, cache, answered))
         return [new[p] if (answer := known[p]) is None else answer for p in prompts]
 
     def cached(
@@ -111,7 +124,11 @@ class Judge:
         return parse(row[0]) if row else None
 
     async def _ask_all(
-        self, prompts: Sequence[str], parse: Callable[[str], T | None], cache: sqlite3.Connection
+        self,
+        prompts: Sequence[str],
+        parse: Callable[[str], T | None],
+        cache: sqlite3.Connection,
+        answered: Callable[[str], object],
     ) -> dict[str, T | Failure]:
         limit = asyncio.Semaphore(self.concurrency)
         hopeless: list[GradjaxError] = []
@@ -120,7 +137,9 @@ class Judge:
             async with limit:
                 try:
                     if not hopeless:
-                        return await self._ask_one(client, prompt, parse, cache)
+                        answer = await self._ask_one(client, prompt, parse, cache)
+                        answered(prompt)
+                        return answer
                 except GradjaxError as error:
                     # What is being answered is paid for: it is waited for and kept.
                     hopeless.append(error)

@@ -21,7 +21,7 @@ from gradjax.config import TokenConfig
 from gradjax.data.examples import is_single_turn
 from gradjax.data.tokens import tokenize_rows
 from gradjax.errors import GradjaxError
-from gradjax.score.config import FAMILIES, Score
+from gradjax.score.config import FAMILIES, Done, Score, nobody
 from gradjax.score.language_model import LanguageModel, mean_losses
 from gradjax.structs import Example, TokenizedExample
 
@@ -30,7 +30,11 @@ _TOO_LARGE = "a perplexity is too large for a float64"
 
 
 def score_ifd(
-    model: LanguageModel, examples: Sequence[Example], max_length: int | None = None
+    model: LanguageModel,
+    examples: Sequence[Example],
+    max_length: int | None = None,
+    *,
+    done: Done = nobody,
 ) -> list[Score]:
     """IFD of each example, by column:
 
@@ -47,9 +51,13 @@ def score_ifd(
     Raises:
       GradjaxError: if `max_length` is over the window, or as `mean_losses`.
     """
-    whole, given = _with_instruction(model, examples, max_length)
+
+    def half(rows: float) -> None:
+        done(rows / 2)
+
+    whole, given = _with_instruction(model, examples, max_length, half)
     alone = [_response_alone(model, tokenized, max_length or model.window) for tokenized in whole]
-    losses = zip(given, mean_losses(model, alone).tolist(), strict=True)
+    losses = zip(given, mean_losses(model, alone, half).tolist(), strict=True)
     return [
         _undefined(tokenized, _IFD_COLUMNS, loss) or _ifd(response, loss, loss_alone)
         for tokenized, response, (loss, loss_alone) in zip(whole, alone, losses, strict=True)
@@ -57,14 +65,18 @@ def score_ifd(
 
 
 def score_perplexity(
-    model: LanguageModel, examples: Sequence[Example], max_length: int | None = None
+    model: LanguageModel,
+    examples: Sequence[Example],
+    max_length: int | None = None,
+    *,
+    done: Done = nobody,
 ) -> list[Score]:
     """`loss`, the mean over the response's tokens given the instruction, its exponential
     `perplexity`, and the numbers of tokens, of each example.
 
     Undefined values, arguments and errors as of `score_ifd`.
     """
-    whole, given = _with_instruction(model, examples, max_length)
+    whole, given = _with_instruction(model, examples, max_length, done)
     return [
         _undefined(tokenized, _PERPLEXITY_COLUMNS, loss) or _perplexity(tokenized, loss)
         for tokenized, loss in zip(whole, given, strict=True)
@@ -72,7 +84,7 @@ def score_perplexity(
 
 
 def _with_instruction(
-    model: LanguageModel, examples: Sequence[Example], max_length: int | None
+    model: LanguageModel, examples: Sequence[Example], max_length: int | None, done: Done
 ) -> tuple[list[TokenizedExample], list[float]]:
     """Instruction and response as tokens, and the mean loss of the response, NaN without one."""
     if max_length is not None and max_length > model.window:
@@ -86,7 +98,7 @@ def _with_instruction(
         if example.status == "ok" and not is_single_turn(example.messages):
             reason = f"{len(example.messages)} turns have no plain form"
             whole[i] = dataclasses.replace(whole[i], reason=reason)
-    return whole, mean_losses(model, whole).tolist()
+    return whole, mean_losses(model, whole, done).tolist()
 
 
 def _response_alone(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradjax.errors import GradjaxError
 from gradjax.score.answers import Failure, open_cache
-from gradjax.score.config import JudgedMetric, Score
+from gradjax.score.config import Done, JudgedMetric, Score, nobody
 from gradjax.structs import Example
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ _TOKENS_OF_ANSWER: dict[JudgedMetric, int] = {"instag": 150, "difficulty": 50}
 T = TypeVar("T")
 
 
-def score_instag(judge: "Judge", examples: Sequence[Example]) -> list[Score]:
+def score_instag(
+    judge: "Judge", examples: Sequence[Example], *, done: Done = nobody
+) -> list[Score]:
     """The column `instag`: how many different tags the judge gives.
 
     Tags are compared as `parse_tags` writes them. The paper's reference code counts `"tag":` in
@@ -52,13 +54,15 @@ def score_instag(judge: "Judge", examples: Sequence[Example]) -> list[Score]:
     Raises:
       GradjaxError: as `Judge.ask` does.
     """
-    tags = judge.ask([*prompts_of(judge, "instag", examples)], parse_tags)
+    tags = judge.ask([*prompts_of(judge, "instag", examples)], parse_tags, done)
     return [_score("instag", answer, len) for answer in tags]
 
 
-def score_difficulty(judge: "Judge", examples: Sequence[Example]) -> list[Score]:
+def score_difficulty(
+    judge: "Judge", examples: Sequence[Example], *, done: Done = nobody
+) -> list[Score]:
     """The column `difficulty`: the judge's rating from 1 to 10. See `score_instag`."""
-    ratings = judge.ask([*prompts_of(judge, "difficulty", examples)], parse_difficulty)
+    ratings = judge.ask([*prompts_of(judge, "difficulty", examples)], parse_difficulty, done)
     return [_score("difficulty", answer, float) for answer in ratings]
 
 

@@ -20,6 +20,7 @@ from gradjax.data.batches import BatchSpec, batch_by_length, make_batch, round_u
 from gradjax.device import local_device, memory_faults
 from gradjax.errors import GradjaxError
 from gradjax.model import decoder, gpt2
+from gradjax.score.config import Done, nobody
 from gradjax.structs import TokenBatch, TokenizedExample
 
 GPT2 = "gpt2"
@@ -89,7 +90,9 @@ def load_language_model(name: str) -> LanguageModel:
     )
 
 
-def mean_losses(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> np.ndarray:
+def mean_losses(
+    model: LanguageModel, sequences: Sequence[TokenizedExample], done: Done = nobody
+) -> np.ndarray:
     """Each sequence's mean of `-log p(token | tokens before it)` over its targets, in nats.
 
     float64 [len(sequences)], from losses in float32. NaN where a sequence has no target but
@@ -106,6 +109,7 @@ def mean_losses(model: LanguageModel, sequences: Sequence[TokenizedExample]) -> 
     _check(model, scored)
     for spec in recurring_batches([sequence.num_tokens for sequence in scored]):
         means[[rows[i] for i in spec.rows]] = _batch_means(model, make_batch(spec, scored))
+        done(len(spec.rows))
     return means
 
 

@@ -12,7 +12,7 @@ from gradjax.checkpoints.pretrained import identity
 from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.errors import GradjaxError, extras
 from gradjax.hashing import sha256
-from gradjax.score.config import FAMILIES, JUDGED, JudgedMetric, Score, ScoreConfig
+from gradjax.score.config import FAMILIES, JUDGED, Done, JudgedMetric, Score, ScoreConfig
 from gradjax.score.ifd import score_ifd, score_perplexity
 from gradjax.score.judge import own_prompt, read_prompt, score_difficulty, score_instag
 from gradjax.score.language_model import (
@@ -26,7 +26,8 @@ from gradjax.structs import Example
 if TYPE_CHECKING:
     from gradjax.score.endpoint import Judge
 
-Scorer = Callable[[Sequence[Example]], list[Score]]
+# Scores rows, and says how many are done meanwhile.
+Scorer = Callable[[Sequence[Example], Done], list[Score]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _family(name: str, config: ScoreConfig, judge: "Judge | None") -> Family:
         prompt = judge.prompt or own_prompt(cast(JudgedMetric, name))
         settings = {"model": judge.model, "prompt": sha256(prompt)}
         score = score_instag if name == "instag" else score_difficulty
-        return Family(name, settings, lambda: partial(score, judge))
+        return Family(name, settings, lambda: lambda rows, done: score(judge, rows, done=done))
     if name == "reward":
         checkpoint = resolve(config.reward_model, flag="reward_model")
     else:
@@ -107,9 +108,11 @@ def _family(name: str, config: ScoreConfig, judge: "Judge | None") -> Family:
 
 def _load_reward(model: str) -> Scorer:
     logging.info("Loading %s", model)
-    return partial(score_reward, load_reward_model(model))
+    loaded = load_reward_model(model)
+    return lambda rows, done: score_reward(loaded, rows, done=done)
 
 
 def _load_losses(score: Callable[..., list[Score]], config: ScoreConfig) -> Scorer:
     logging.info("Loading %s", config.ifd_model)
-    return partial(score, load_language_model(config.ifd_model), max_length=config.max_length)
+    model = load_language_model(config.ifd_model)
+    return lambda rows, done: score(model, rows, config.max_length, done=done)

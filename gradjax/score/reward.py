@@ -25,7 +25,7 @@ from gradjax.data.examples import to_example
 from gradjax.data.tokens import check_vocabulary, tokenize_conversation
 from gradjax.errors import GradjaxError
 from gradjax.model.decoder import Decoder, hidden_states, project_logits
-from gradjax.score.config import Score
+from gradjax.score.config import Done, Score, nobody
 from gradjax.score.language_model import batch_faults, recurring_batches
 from gradjax.structs import Example, TokenBatch, TokenizedExample
 
@@ -70,7 +70,9 @@ def load_reward_model(model: str) -> RewardModel:
     return RewardModel(decoder, tokenizer)
 
 
-def score_reward(model: RewardModel, examples: Sequence[Example]) -> list[Score]:
+def score_reward(
+    model: RewardModel, examples: Sequence[Example], *, done: Done = nobody
+) -> list[Score]:
     """The column `reward` of usable examples, in their order: any finite number, higher is better.
 
     None, with a status and a reason, for a conversation that the chat template refuses
@@ -95,6 +97,7 @@ def score_reward(model: RewardModel, examples: Sequence[Example]) -> list[Score]
             rewards = _batch_rewards(model.decoder, batch)
         for row, reward in zip(spec.rows, rewards.tolist(), strict=False):  # filler comes last
             scores[usable[row]] = _score(reward)
+        done(len(spec.rows))
     return scores
 
 

@@ -322,8 +322,12 @@ def _complete(
     scorer = family.load()
     parts = place.names(f"parts/{family.name}")
     first, failed = int(parts[-1].split(".")[0]) + 1 if parts else 0, 0
-    for number, chunk in enumerate(_with_progress(family.name, waiting), start=first):
-        scores = dict(zip((e.row_hash for e in chunk), scorer(chunk), strict=True))
+    bar = tqdm(total=len(waiting), desc=family.name, unit="row", dynamic_ncols=True, disable=None)
+    scored = 0
+    for number, chunk in enumerate(_chunks(waiting), start=first):
+        scores = dict(zip((e.row_hash for e in chunk), scorer(chunk, bar.update), strict=True))
+        scored += len(chunk)
+        bar.update(scored - bar.n)  # rows that no batch had, too
         found |= scores
         # What a judge has not answered is never kept: the next call asks again.
         if family.name in JUDGED:
@@ -331,6 +335,7 @@ def _complete(
         failed += len(chunk) - len(scores)
         if scores:
             place.put(f"parts/{family.name}/{number:06d}.parquet", _part(family.columns, scores))
+    bar.close()
     if failed:
         logging.warning(
             "%s: %d rows have no answer; the same command asks again", family.name, failed
@@ -338,22 +343,19 @@ def _complete(
     return found
 
 
-def _with_progress(name: str, waiting: Sequence[Example]) -> Iterator[list[Example]]:
+def _chunks(waiting: Sequence[Example]) -> Iterator[list[Example]]:
     """Chunks of rows of similar length, the shortest first."""
     size = {e.row_hash: sum(len(m.content) for m in e.messages) for e in waiting}
-    with tqdm(total=len(waiting), desc=name, unit="row", dynamic_ncols=True, disable=None) as bar:
-        chunk: list[Example] = []
-        characters = 0
-        for example in sorted(waiting, key=lambda e: size[e.row_hash]):
-            chunk.append(example)
-            characters += size[example.row_hash]
-            if len(chunk) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
-                yield chunk
-                bar.update(len(chunk))
-                chunk, characters = [], 0
-        if chunk:
+    chunk: list[Example] = []
+    characters = 0
+    for example in sorted(waiting, key=lambda e: size[e.row_hash]):
+        chunk.append(example)
+        characters += size[example.row_hash]
+        if len(chunk) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
             yield chunk
-            bar.update(len(chunk))
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _part(names: Sequence[str], scores: Scores) -> bytes:
