@@ -170,6 +170,7 @@ class RunConfig:
     data: tuple[str, ...] = ("demo",)
     output_dir: Path | str | None = None  # a URL stays str; None: runs/{model}
     tokens: TokenConfig = dataclasses.field(default_factory=TokenConfig)
+    auto_target_tokens: bool = False  # as many as 90 % of each group have
     spectra: SpectraConfig = dataclasses.field(default_factory=SpectraConfig)
     limit: int | None = None  # rows per group
     dtype: Dtype = "float32"

@@ -288,3 +288,37 @@ def test_a_window_that_does_not_fit_is_refused(tmp_path, monkeypatch, small_wind
     monkeypatch.setattr(run_module, "local_device", lambda: small)
     with pytest.raises(GradjaxError, match=r"the run needs .*; use --"):
         run(asked)
+
+
+def test_auto_target_tokens_leave_nine_tenths_of_each_group(tmp_path, caplog):
+    lengths = {"long": range(11, 31), "short": [3, 3, 7, 7, 7, 8, *[9] * 15]}
+    files = [
+        jsonl(
+            tmp_path / f"{group}.jsonl",
+            [{"instruction": "count", "output": "1 " * n} for n in of] + [{}],
+        )
+        for group, of in lengths.items()
+    ]
+    asked = config(tmp_path / "run", data=tuple(files), limit=None, auto_target_tokens=True)
+    rows = [row for window in read_windows(asked, read_inputs(asked)) for row in window.tokenized]
+    counts = [
+        np.array([r.num_target_tokens for r in rows if r.example.group == g and r.status == "ok"])
+        for g in lengths
+    ]
+
+    best = max(n for n in range(1, 100) if all((own >= n).mean() >= 0.9 for own in counts))
+    with caplog.at_level("INFO"):
+        run(asked)
+    assert (
+        f"--target_tokens=auto: {best} tokens, which 100% of long and 90% of short" in caplog.text
+    )
+    assert read_manifest(tmp_path / "run")["settings"]["target_tokens"] == best
+    statuses = read_table(tmp_path / "run", "examples")["status"].to_pylist()
+    assert statuses.count("ok") == sum((own >= best).sum() for own in counts)
+    before = every_byte(tmp_path / "run")
+    run(asked)  # the store says which number it was
+    tokens = TokenConfig(target_tokens=best)
+    run(dataclasses.replace(asked, auto_target_tokens=False, tokens=tokens))
+    assert every_byte(tmp_path / "run") == before
+    with pytest.raises(GradjaxError, match="target_tokens"):
+        run(dataclasses.replace(asked, auto_target_tokens=False))

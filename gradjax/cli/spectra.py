@@ -14,6 +14,7 @@ from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
 DEMO = "demo"  # the embedded model, and the embedded data
+AUTO = "auto"
 MODEL = """registered name (gemma2_2b), Hub repo (google/gemma-2-2b) or local directory; must be
 given with --data of your own"""
 OUTPUT_DIR = """the store's directory; a run that stopped there goes on (default: runs/demo for
@@ -21,7 +22,8 @@ the embedded example, else runs/{model}-{groups})"""
 PROMPT_FORMAT = """plain: instruction, newline, output, as in the paper; chat: the tokenizer's
 template, loss on every assistant turn"""
 TRUNCATION = "rows beyond --max_length: cut (right), leave out (drop) or stop (error)"
-TARGET_TOKENS = "cut every response to its first N tokens; rows with shorter ones are left out"
+TARGET_TOKENS = """cut every response to its first N tokens; rows with shorter ones are left out;
+auto: the largest N that leaves 90 % of each group"""
 LAYERS = "all, or numbers and ranges from 0, as in 0-5,8"
 SPECTRUM = """factored: exact, from token factors, at about the cost of a backward pass;
 dense: jax.grad per example and a whole SVD"""
@@ -61,7 +63,7 @@ GROUPS = {
         flags.DEFINE_enum("prompt_format", "plain", FORMATS, PROMPT_FORMAT, FLAGS),
         flags.DEFINE_integer("max_length", 4096, "tokens per row", flag_values=FLAGS),
         flags.DEFINE_enum("truncation", "right", TRUNCATIONS, TRUNCATION, FLAGS),
-        flags.DEFINE_integer("target_tokens", None, TARGET_TOKENS, flag_values=FLAGS),
+        flags.DEFINE_string("target_tokens", None, TARGET_TOKENS, FLAGS),
     ],
     "What is measured": [
         flags.DEFINE_string("layers", "all", LAYERS, FLAGS),
@@ -120,10 +122,23 @@ def run_config() -> config.RunConfig:
         raise GradjaxError(
             "--json shows a run's results, and --plan has none; leave one of them out"
         )
+    auto = values["target_tokens"] == AUTO
+    values |= {"target_tokens": _target_tokens(values["target_tokens"]), "auto_target_tokens": auto}
     tokens = config.select(config.TokenConfig, values)
     spectra = config.select(config.SpectraConfig, values)
     reading = config.select(config.Reading, values)
     return config.select(config.RunConfig, values, reading=reading, tokens=tokens, spectra=spectra)
+
+
+def _target_tokens(given: str | None) -> int | None:
+    if given in (None, AUTO):
+        return None
+    try:
+        return int(given)
+    except ValueError as error:
+        raise GradjaxError(
+            f"--target_tokens={given}: expected a number of at least 1, or {AUTO}"
+        ) from error
 
 
 def main() -> None:

@@ -63,6 +63,8 @@ def _find(config: RunConfig, directory: str | Path) -> Found:
     found = find_run(directory)
     if found.manifest:
         asked, there = config.settings, found.manifest["settings"]
+        if config.auto_target_tokens:
+            asked["target_tokens"] = there.get("target_tokens")
         names = asked.keys() | {"reading"}
         known = {name: there[name] for name in names if name in there}
         Directory(directory, RUN).require_same("a run", known, asked)

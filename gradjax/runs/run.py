@@ -38,7 +38,13 @@ from gradjax.runs.layout import (
 )
 from gradjax.runs.manifest import describe_invocation, describe_machine, manifest, number_settings
 from gradjax.runs.progress import BackgroundWriter, shards, with_progress
-from gradjax.runs.windows import ReadAhead, Window, read_sample, read_windows
+from gradjax.runs.windows import (
+    ReadAhead,
+    Window,
+    read_sample,
+    read_windows,
+    with_target_tokens,
+)
 from gradjax.sharding import DATA, format_mesh, make_mesh, parse_mesh
 from gradjax.spectra.decompose import resolved_route
 from gradjax.storage.directory import RUN, Directory
@@ -66,6 +72,7 @@ def run(config: RunConfig) -> str | Path:
         device = _agreed_device(processes)
         resolved_route(config.spectra, device.platform)  # refused before anything is read
         inputs = read_inputs(config)
+        config = with_target_tokens(config, inputs)
         # Sharded processes compute every batch together, independent ones have rows of their own.
         share = (0, 1) if processes.sharded else (processes.index, processes.count)
         with ReadAhead(read_windows(config, inputs, *share)) as ahead:
@@ -214,6 +221,7 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
     resolved_route(config.spectra, device.platform)
     # Of a whole run, whatever a store holds of it.
     inputs = read_inputs(dataclasses.replace(config, overwrite=True))
+    config = with_target_tokens(config, inputs)
     windows, sample = read_sample(config, inputs)
     rows = [row for window in windows for row in window.tokenized]
     planned = lay_out(config, inputs.model, rows, device, devices)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
 # The first is what a run waits for: some seconds. Fewer rows would be padded more.
 WINDOW_ROWS = 16_384
 _WINDOW_CHARACTERS = 2**26
+_KEPT = 0.9  # of the usable rows of each group, by `auto_target_tokens`
 _SAMPLE_ROWS = 4_096  # that a plan is made of
 # Windows that may wait for the devices. A million rows are read at once, so that faults of the
 # data show in minutes, and how long the run will take.
@@ -133,6 +135,45 @@ def read_sample(config: RunConfig, inputs: Inputs) -> tuple[list[Window], int | 
     windows = [*read_windows(shorter, inputs)]
     sampled &= any(tally.rows == most for tally in windows[-1].tallies)
     return windows, most if sampled else None
+
+
+def with_target_tokens(config: RunConfig, inputs: Inputs) -> RunConfig:
+    """The config with a number in place of `auto_target_tokens`: what the store was begun with.
+
+    A new run takes the largest number that 90 % of the usable rows of each group have, of its
+    first rows where there are many.
+
+    Raises:
+      GradjaxError: as `read_windows`.
+    """
+    if not config.auto_target_tokens:
+        return config
+    if inputs.found.manifest:
+        chosen = inputs.found.manifest["settings"]["target_tokens"]
+    else:
+        chosen = _common_target_tokens(config, inputs)
+    tokens = dataclasses.replace(config.tokens, target_tokens=chosen)
+    return dataclasses.replace(config, tokens=tokens)
+
+
+def _common_target_tokens(config: RunConfig, inputs: Inputs) -> int:
+    windows, sample = read_sample(config, inputs)
+    counts: dict[str, list[int]] = {source.group: [] for source in inputs.sources}
+    for row in (row for window in windows for row in window.tokenized):
+        if row.status == "ok":
+            counts[row.example.group].append(row.num_target_tokens)
+    chosen = min(
+        sorted(own, reverse=True)[math.ceil(_KEPT * len(own)) - 1] for own in counts.values()
+    )
+    shares = [
+        f"{sum(count >= chosen for count in own) / len(own):.0%} of {group}"
+        for group, own in counts.items()
+    ]
+    of_sample = f" (of the first {sample:,} rows of each)" if sample else ""
+    logging.info(
+        "--target_tokens=auto: %d tokens, which %s have%s", chosen, " and ".join(shares), of_sample
+    )
+    return chosen
 
 
 def _together(sources: Sequence[Source], limit: int | None) -> Iterator[tuple[list[Example], int]]:
