@@ -18,6 +18,7 @@ import pytest
 
 import gradjax
 from benchmarks.made_up_runs import Group, write_run
+from gradjax.config import Reading
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, read_rows, row_hash
 from gradjax.errors import GradjaxError
@@ -552,6 +553,24 @@ class TestScores:
         table = pd.read_parquet(tmp_path / "alone" / "high.parquet")
         assert list(table["ifd_gpt2"]) == [1]
         assert list(table["diff"]) == [5]
+
+    def test_a_table_has_no_part_of_a_row_with_tool_calls(self, tmp_path: Path, caplog):
+        call = {"role": "assistant", "content": "5", "tool_calls": [{"name": "add"}]}
+        turns = [{"role": "user", "content": "2 + 3"}, call]
+        rows = [text_row(0, m=1), {"messages": turns, "m": 2}]
+        path = write_rows(tmp_path / "g.jsonl", rows)
+        directory = select(tmp_path / "out", data=[str(path)], top=2)
+        whole, table = (
+            read_rows(Source("", str(directory / name))) for name in ("high.jsonl", "high.parquet")
+        )
+        assert whole == rows[::-1]
+        assert to_example(table[0], "", 0).status == "invalid_row"
+        assert to_example(table[1], "", 0).status == "ok"
+        assert "1 rows have tool calls or thoughts" in caplog.text
+
+    def test_how_data_are_read_needs_data(self):
+        with pytest.raises(GradjaxError, match="say how --data is read, which is not given"):
+            SelectConfig(rule(top=1), ("scores",), reading=Reading(columns=("output=answer",)))
 
     def test_the_source_may_have_more_rows_than_were_scored(self, tmp_path: Path):
         rows = [text_row(i) for i in range(9)]

@@ -237,6 +237,24 @@ def test_arrays_are_read_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
         read(path)
 
 
+def test_a_fault_ends_the_reading_of_an_array(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_CHUNK", 1 << 12)
+    pieces = 0
+    more = readers._Text.more
+
+    def counted(text):
+        nonlocal pieces
+        pieces += 1
+        return more(text)
+
+    monkeypatch.setattr(readers._Text, "more", counted)
+    path = tmp_path / "x.json"
+    path.write_text('[{"a" 1},\n' + ",\n".join(['{"a": 1}'] * 100_000) + "]")
+    with pytest.raises(GradjaxError, match="line 1 column 7"):
+        read(path)
+    assert pieces <= 3
+
+
 def test_files_of_a_group_are_read_one_after_another(tmp_path):
     (tmp_path / "part-00000.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     (tmp_path / "part-00001.json").write_text('[{"a": 3}]')

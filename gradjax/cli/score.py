@@ -5,6 +5,7 @@ from absl import flags
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import define_data_flags
 from gradjax.config import Reading, select
+from gradjax.data.sources import parse_data_flags, require_sources
 from gradjax.errors import GradjaxError
 from gradjax.score.config import ScoreConfig
 from gradjax.structs import ATTENTION
@@ -86,7 +87,9 @@ def score_config() -> ScoreConfig:
     values = FLAGS.flag_values_dict()
     if values["judge_prices"]:
         values["judge_prices"] = _prices(values["judge_prices"])
-    return select(ScoreConfig, values, reading=select(Reading, values))
+    config = select(ScoreConfig, values, reading=select(Reading, values))
+    require_sources(parse_data_flags(config.data, config.reading))
+    return config
 
 
 def _prices(texts: list[str]) -> tuple[float, float]:

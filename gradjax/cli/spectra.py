@@ -9,6 +9,7 @@ from absl import flags
 from gradjax import config
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import define_data_flags
+from gradjax.data.sources import parse_data_flags, require_sources
 from gradjax.errors import GradjaxError, extras
 from gradjax.structs import ATTENTION
 
@@ -127,6 +128,7 @@ def run_config() -> config.RunConfig:
     tokens = config.select(config.TokenConfig, values)
     spectra = config.select(config.SpectraConfig, values)
     reading = config.select(config.Reading, values)
+    require_sources(parse_data_flags(values["data"], reading))
     return config.select(config.RunConfig, values, reading=reading, tokens=tokens, spectra=spectra)
 
 

@@ -4,6 +4,7 @@ Files are read as a stream. A line that cannot be read keeps its place as a `Bad
 whole file are raised.
 """
 
+import codecs
 import csv
 import dataclasses
 import io
@@ -26,6 +27,8 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _CHUNK = 1 << 20  # bytes or characters read at once
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER_TAIL = re.compile(r"[.eE+-]*")
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # with the first, UTF-32 begins too
+_LONGEST_TOKEN = 16  # characters of -Infinity or an escaped pair of surrogates
 _BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
@@ -64,6 +67,11 @@ def read_file(path: str, *, strict: bool = False) -> Iterator[object]:
             if compression:
                 stream = pa.CompressedInputStream(raw, _COMPRESSIONS[compression])
             file = io.BufferedReader(stream)
+            if kind != ".parquet" and file.peek(2)[:2] in _WIDE:
+                raise GradjaxError(
+                    f"{path} is UTF-16 or UTF-32, expected UTF-8: convert it, as with iconv "
+                    "-f UTF-16 -t UTF-8"
+                )
             for row in _READERS[kind](file, path):
                 if strict and isinstance(row, BadRow):
                     raise GradjaxError(f"{path} {row.reason}.")
@@ -189,7 +197,9 @@ class _Text:
             try:
                 value, end = self.decoder.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                if self.ended:
+                # What is only cut off is faulty at the buffer's end, or has an open string.
+                cut_off = error.pos + _LONGEST_TOKEN >= len(self.buffer)
+                if self.ended or not (cut_off or error.msg.startswith("Unterminated string")):
                     raise self.fault(error.msg, error.pos) from None
             else:
                 # A number that ends the buffer may go on: 12 of 123, 1 of 1.5e-3.

@@ -42,7 +42,8 @@ class Sample:
 
 
 def _row(example: Example) -> dict[str, Any]:
-    if len(example.messages) == 2:  # a question and its answer
+    question_and_answer = len(example.messages) == 2
+    if question_and_answer and not any(message.extra for message in example.messages):
         return {"instruction": example.instruction, "output": example.output}
     return {"messages": [message.to_dict() for message in example.messages]}
 

@@ -48,7 +48,7 @@ class Source:
     @property
     def absolute(self) -> str:
         """The location as it can be read from any folder."""
-        if self.location == DEMO or self.location in DATASETS:
+        if _known(self):
             return self.location
         return ",".join(map(_absolute, _parts(self.location)))
 
@@ -182,11 +182,35 @@ def describe_rows(source: Source, rows: int | None, hashed: str | None) -> dict[
     return said | {"reading": reading} if reading else said
 
 
+def require_sources(sources: Iterable[Source]) -> None:
+    """Raises GradjaxError where there is no such data; reads nothing and asks no other machine."""
+    for source in sources:
+        if not _known(source) and "://" not in source.location:
+            _data_files(source)
+
+
+def _known(source: Source) -> bool:
+    return source.location == DEMO or source.location in DATASETS
+
+
 def _rows(source: Source, limit: int | None) -> Iterable[object]:
     if source.location == DEMO:
         return demo_rows(source.group)
     if dataset := DATASETS.get(source.location):
         return registered_rows(dataset, _fetch(dataset))
+    if files := _data_files(source):
+        read = partial(read_file, strict=source.reading.strict)
+        return itertools.chain.from_iterable(map(read, files))
+    path = pathlib.Path(os.path.expanduser(source.location))
+    if os.path.isdir(path):
+        return _read_saved(path, limit)
+    hub = _HUB_ID.fullmatch(source.location)
+    assert hub  # or there are no data
+    return _read_hub(source, hub, limit)
+
+
+def _data_files(source: Source) -> list[str]:
+    """The files of a source, none of a saved data set or one of the Hub."""
     parts = {part: _files(part) for part in _parts(source.location)}
     files = list(itertools.chain.from_iterable(parts.values()))
     if len(parts) > 1 and (none := [part for part, found in parts.items() if not found]):
@@ -197,15 +221,10 @@ def _rows(source: Source, limit: int | None) -> Iterable[object]:
     if len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
         raise GradjaxError(f"--data={source.location} names {twice} twice: each row counts once")
-    if files:
-        read = partial(read_file, strict=source.reading.strict)
-        return itertools.chain.from_iterable(map(read, files))
-    path = pathlib.Path(os.path.expanduser(source.location))
-    if os.path.isdir(path):
-        return _read_saved(path, limit)
-    if hub := _HUB_ID.fullmatch(source.location):
-        return _read_hub(source, hub, limit)
-    raise GradjaxError(f"There is no data source {source.location!r}: expected {_FORMATS}.")
+    saved = os.path.isdir(os.path.expanduser(source.location))
+    if not (files or saved or _HUB_ID.fullmatch(source.location)):
+        raise GradjaxError(f"There is no data source {source.location!r}: expected {_FORMATS}.")
+    return files
 
 
 def _files(part: str) -> list[str]:

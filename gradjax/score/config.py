@@ -79,6 +79,11 @@ class ScoreConfig:
             )
         if not self.data and not self.run:
             raise GradjaxError("--data is missing: expected [GROUP=]SOURCE, or --run=DIR")
+        if not self.data and self.reading != Reading():
+            raise GradjaxError(
+                "--columns, --field, --response_marker, --data_revision and --strict say how "
+                "--data is read, which is not given; rows of --run are read as the run read them"
+            )
         for name, least in (("limit", 1), ("max_length", 2)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise GradjaxError(f"--{name}={value}: expected a number of at least {least}")

@@ -55,6 +55,11 @@ class SelectConfig:
             raise GradjaxError(
                 f"--output_dir={self.output_dir} is a URL; give a directory on this machine"
             )
+        if not self.data and self.reading.texts:
+            raise GradjaxError(
+                "--columns, --field and --response_marker say how --data is read, which is not "
+                "given; rows of --scores are read as they were scored"
+            )
 
     @property
     def by(self) -> str:
@@ -211,22 +216,34 @@ def _part_tables(
     columns["selection_value"] = pd.Series(choice.value[rows])
     columns |= {str(name): scored.metrics[name].iloc[rows] for name in scored.metrics}
     numbers = pa.table({name: pa.Array.from_pandas(column) for name, column in columns.items()})
+    left_out = 0
     for at in range(0, len(rows), _CHUNK):
         texts = [
             _texts(json.loads(lines[row]), scored.sources[scored.keys["group"][row]].reading)
             for row in rows[at : at + _CHUNK]
         ]
+        left_out += texts.count((None, None, None))
         table = numbers.slice(at, _CHUNK)
         for column, field in zip(zip(*texts, strict=True), _TEXTS, strict=True):
             table = table.append_column(field, pa.array(column, field.type))
         yield table
+    if left_out:
+        logging.warning(
+            "%s rows have tool calls or thoughts: their texts are in the .jsonl alone",
+            f"{left_out:,}",
+        )
 
 
 def _texts(
     row: object, reading: Reading
 ) -> tuple[str | None, str | None, list[dict[str, str]] | None]:
-    """Instruction and output of a question and its answer; else the turns."""
+    """Instruction and output of a question and its answer; else the turns.
+
+    None of a row with tool calls or thoughts, which is in the JSON lines alone.
+    """
     messages = to_example(row, "", 0, reading).messages
+    if any(message.extra_texts for message in messages):
+        return None, None, None  # a table of texts would leave out a part of what was measured
     if [message.role for message in messages] == ["user", "assistant"]:
         return messages[0].content, messages[1].content, None
     return None, None, [{"role": m.role, "content": m.content} for m in messages]
