@@ -19,7 +19,7 @@ import gradjax
 from gradjax.checkpoints.resolve import resolve
 from gradjax.cli.app import start
 from gradjax.data.sources import parse_data_flags, read_rows
-from gradjax.structs import ATTENTION, ExampleResult
+from gradjax.structs import ATTENTION, ExampleResult, TokenizedExample
 
 flags.DEFINE_string("model", "demo", "whose gradients")
 flags.DEFINE_multi_string("data", ["demo"], "as of gradjax spectra")
@@ -61,12 +61,12 @@ def numbers(found: list[ExampleResult]) -> dict[str, np.ndarray]:
     return measures
 
 
-def differences(result: ExampleResult, torch_model: Any) -> Iterator[tuple[str, float]]:
-    """By measure, how far each number of a row is from what it should be."""
-    from tests.oracle import cosine, effective_rank, torch_loss_and_gradients
+def differences(
+    result: ExampleResult, loss: float, gradients: dict[tuple[int, str], np.ndarray]
+) -> Iterator[tuple[str, float]]:
+    """By measure, how far each number of a row is from that of the true loss and gradients."""
+    from tests.oracle import cosine, effective_rank
 
-    row = result.tokenized
-    loss, gradients = torch_loss_and_gradients(torch_model, row.tokens, row.targets)
     assert result.loss is not None  # of a usable row
     yield "loss", abs(result.loss - loss) / max(1, loss)
     for spectrum in result.spectra:
@@ -92,6 +92,32 @@ def differences(result: ExampleResult, torch_model: Any) -> Iterator[tuple[str, 
             yield "cosine", abs(pair.cosine - cosine(a, b))
 
 
+def torch_differences(
+    model: Any, row: TokenizedExample, loss: float, gradients: dict[tuple[int, str], np.ndarray]
+) -> Iterator[tuple[str, float]]:
+    """The same of PyTorch's own float32, without singular values."""
+    import torch
+
+    from tests.oracle import linear_layer
+
+    model.zero_grad()
+    ids = torch.tensor(row.tokens, dtype=torch.int64)[None]
+    labels = torch.where(torch.tensor(row.targets), ids[0], -100)
+    found = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels[1:])
+    found.backward()
+    yield "loss", abs(found.item() - loss) / max(1, loss)
+    for layer, block in enumerate(model.model.layers):
+        for projection in ATTENTION:
+            gradient = gradients[layer, projection]
+            layer_of: Any = linear_layer(block, projection)
+            own = layer_of.weight.grad.double().numpy()
+            norm = np.linalg.norm(gradient)
+            yield "frobenius_norm", float(abs(np.linalg.norm(own) / norm - 1))
+            for name in ("mean", "max", "min"):
+                difference = abs(getattr(own, name)() - getattr(gradient, name)())
+                yield "entries / largest", difference / np.abs(gradient).max()
+
+
 def compare_dtypes(found: list[ExampleResult], rounded: list[ExampleResult]) -> None:
     """Prints the first table."""
     exact, other = numbers(found), numbers(rounded)
@@ -110,18 +136,30 @@ def compare_oracle(found: list[ExampleResult]) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from tests.oracle import torch_loss_and_gradients
+
     directory = resolve(flags.FLAGS.model).directory
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    all_of: dict[str, list[float]] = {name: [] for name in _ALLOWED}
+    exact, rounded = (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    ours: dict[str, list[float]] = {name: [] for name in _ALLOWED}
+    theirs: dict[str, list[float]] = {name: [] for name in _ALLOWED}
     for number, result in enumerate(found):
-        for name, difference in differences(result, model):
-            all_of[name].append(difference)
+        row = result.tokenized
+        true = torch_loss_and_gradients(exact, row.tokens, row.targets)
+        for name, difference in differences(result, *true):
+            ours[name].append(difference)
+        for name, difference in torch_differences(rounded, row, *true):
+            theirs[name].append(difference)
         print(f"{number + 1} of {len(found)} rows", end="\r", flush=True)
-    print(f"{'float32':28}{'median':>10}{'largest':>10}{'allowed':>10}{'above':>16}")
-    for name, allowed in _ALLOWED.items():
-        values = np.array(all_of[name])
-        above = f"{(values > allowed).sum():,} of {len(values):,}"
-        print(f"{name:28}{np.median(values):10.1e}{values.max():10.1e}{allowed:10.0e}{above:>16}")
+    for title, found_of in (("float32", ours), ("PyTorch's float32", theirs)):
+        print(f"{title:28}{'median':>10}{'largest':>10}{'allowed':>10}{'above':>16}")
+        for name, values in found_of.items():
+            if values:
+                allowed, most = _ALLOWED[name], max(values)
+                above = f"{sum(v > allowed for v in values):,} of {len(values):,}"
+                print(f"{name:28}{np.median(values):10.1e}{most:10.1e}{allowed:10.0e}{above:>16}")
 
 
 def main(_: list[str]) -> None:
