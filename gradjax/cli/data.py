@@ -19,6 +19,10 @@ REVISION = "commit, tag or branch of Hub data sets"
 STRICT = "refuse a file with a line that cannot be read, instead of counting it as an invalid row"
 
 
+PUSH = """ORG/NAME: upload what is finished to this data set of the Hugging Face Hub, with a card
+(needs HF_TOKEN; the rows' texts go along; a new data set is private)"""
+
+
 def define_data_flags(
     values: flags.FlagValues, default: list[str], data: str = DATA, limit: str | None = LIMIT
 ) -> list[flags.FlagHolder[Any]]:

@@ -3,8 +3,9 @@
 from absl import flags
 
 from gradjax.cli.command import Command
-from gradjax.cli.data import define_data_flags
+from gradjax.cli.data import PUSH, define_data_flags
 from gradjax.select.rule import MATCHING
+from gradjax.storage.hub import push_selection, require_repo
 from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
@@ -50,6 +51,7 @@ GROUPS = {
     "Output": [
         flags.DEFINE_string("output_dir", None, OUTPUT_DIR, FLAGS),
         flags.DEFINE_boolean("overwrite", False, OVERWRITE, FLAGS),
+        flags.DEFINE_string("push_to_hub", None, PUSH, FLAGS),
     ],
 }
 DETAILS = """
@@ -68,8 +70,13 @@ def main() -> None:
     """Selects, then prints the summary and where the files are."""
     from gradjax.select.write import select_rows
 
-    written = select_rows(**FLAGS.flag_values_dict())
+    values = FLAGS.flag_values_dict()
+    if repo := values.pop("push_to_hub"):
+        require_repo(repo, values["output_dir"])
+    written = select_rows(**values)
     print(f"{written.text}\n\nThe selection is in {written.directory}")
+    if repo:
+        print(f"Pushed to {push_selection(written.directory, repo, values['by'], written.text)}")
 
 
 COMMAND = Command(

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from absl import flags
+from absl import flags, logging
 
 from gradjax import config
 from gradjax.cli.command import Command, command_line
-from gradjax.cli.data import define_data_flags
+from gradjax.cli.data import PUSH, define_data_flags
 from gradjax.data.sources import parse_data_flags, require_sources
 from gradjax.errors import GradjaxError, extras
+from gradjax.storage.hub import push_run, require_repo
 from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
@@ -94,6 +95,7 @@ GROUPS = {
         flags.DEFINE_string("output_dir", None, OUTPUT_DIR, FLAGS),
         flags.DEFINE_boolean("overwrite", False, "replace the run in --output_dir", FLAGS),
         flags.DEFINE_boolean("json", False, JSON, FLAGS),
+        flags.DEFINE_string("push_to_hub", None, PUSH, FLAGS),
     ],
 }
 DETAILS = """
@@ -146,6 +148,8 @@ def _target_tokens(given: str | None) -> int | None:
 def main() -> None:
     """Runs, then prints the table of groups and the store's path on standard output."""
     wanted = run_config()
+    if FLAGS.push_to_hub:
+        require_repo(FLAGS.push_to_hub, wanted.output_dir)
     import jax  # loaded once the flags are known to be right
 
     from gradjax.runs.run import print_plan, run
@@ -157,6 +161,9 @@ def main() -> None:
     directory = run(wanted)
     if wanted.processes == "sharded" and jax.process_index():
         return  # sharded processes end together, and the first one speaks for them
+    if FLAGS.push_to_hub and rows_to_come(directory) == 0:
+        url = push_run(directory, FLAGS.push_to_hub, format_table(group_means(directory)))
+        logging.info("Pushed to %s", url)
     if FLAGS.json:
         print(json.dumps(summary(directory), allow_nan=False))
         return
