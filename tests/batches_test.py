@@ -214,3 +214,24 @@ def test_filler_fills_the_last_batch(position):
     specs = batch_by_length([7] * 5, batch_tokens=16)
     batch = make_batch(specs[position], rows)
     assert batch.lengths.tolist() == ([7, 7] if position == 0 else [7, 0])
+
+
+def test_later_rows_take_shared_shapes_and_new_ones_where_these_pay():
+    draw = np.random.default_rng(3)
+    first = draw.integers(1000, 4000, 999).tolist()
+    specs = batch_by_length(first, 16384, shape_tokens=2e6, shared=())
+    shared = {spec.length for spec in specs}
+    assert all(spec.size == max(16384 // spec.length, 1) for spec in specs)  # whatever the rows
+    more = draw.integers(1000, 3900, 701).tolist()
+    alike = batch_by_length(more, 16384, shape_tokens=2e6, shared=shared)
+    assert {spec.length for spec in alike} <= shared
+    assert rows_of(alike) == list(range(701))
+    short = draw.integers(40, 120, 16_001).tolist()
+    others = batch_by_length(short, 16384, shape_tokens=2e5, shared=shared)
+    assert rows_of(others) == list(range(16_001))
+    assert padded_tokens(others) < 2 * sum(short)
+    # So many shapes and no more, as long as rows fit them.
+    full = {8 * n for n in range(2, 50, 2)}
+    assert len(full) == 24
+    specs = batch_by_length(short, 16384, shape_tokens=0, shared=full)
+    assert {spec.length for spec in specs} <= full

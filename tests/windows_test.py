@@ -279,7 +279,7 @@ def test_a_window_that_does_not_fit_is_refused(tmp_path, monkeypatch, small_wind
 
     def needs(window):
         plans = run_module._lay_out(asked, inputs, device, Processes(), [window])
-        return [plan.memory.total for _, plan in plans]
+        return [plan.memory.total for _, plan, _ in plans]
 
     *first, last = read_windows(asked, inputs)
     most = max(n for window in first for n in needs(window))
@@ -322,3 +322,34 @@ def test_auto_target_tokens_leave_nine_tenths_of_each_group(tmp_path, caplog):
     assert every_byte(tmp_path / "run") == before
     with pytest.raises(GradjaxError, match="target_tokens"):
         run(dataclasses.replace(asked, auto_target_tokens=False))
+
+
+def test_a_manifest_that_was_not_written_at_the_end_is_written_by_the_next_call(
+    tmp_path, small_windows
+):
+    directory = run(config(tmp_path / "run"))
+    path = tmp_path / "run" / "run.json"
+    manifest = json.loads(path.read_text())
+    manifest["data"]["corrupted"] |= {"rows": None, "hash": None}
+    path.write_text(json.dumps(manifest))
+    assert rows_to_come(directory) is None
+    run(config(tmp_path / "run"))
+    assert rows_to_come(directory) == 0
+    assert read_table(directory, "examples").num_rows == ROWS
+
+
+def test_a_run_is_not_replaced_before_all_of_the_data_are_read(tmp_path, small_windows):
+    run(config(tmp_path / "run"))
+    before = every_byte(tmp_path / "run")
+    good = jsonl(tmp_path / "good.jsonl", [{"instruction": "1 + 1", "output": "2"}] * 20)
+    bad = jsonl(tmp_path / "bad.jsonl", [{"instruction": "1 + 1"}] * 3)
+    with pytest.raises(GradjaxError, match="'bad' is usable"):
+        run(config(tmp_path / "run", data=(good, bad), limit=None, overwrite=True))
+    assert every_byte(tmp_path / "run") == before
+
+
+def test_auto_does_not_go_on_with_whole_responses(tmp_path):
+    asked = config(tmp_path / "run", limit=2)
+    run(asked)
+    with pytest.raises(GradjaxError, match="target_tokens"):
+        run(dataclasses.replace(asked, auto_target_tokens=True))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -71,7 +72,7 @@ def batch_by_length(
       shape_tokens: what compiling a shape costs, in padded tokens: where one more saves fewer,
         there are fewer than `max_shapes`.
       shared: padded lengths of batches of earlier rows, none at first, where more rows may come:
-        rows that are not longer than all of them have no other shapes.
+        rows take these shapes unless others pay.
     """
     if not lengths:
         return []
@@ -81,11 +82,7 @@ def batch_by_length(
     ascending = padded[order[::-1]]
     specs: list[BatchSpec] = []
     start = 0
-    known = sorted({0, *(shared or ())})
-    longer = padded[padded > known[-1]]
-    new = _shape_lengths(longer, limits, max_shapes, shape_tokens) if len(longer) else []
-    spans = [(max(shorter, known[-1]), length) for shorter, length in new]
-    for shorter, length in [*spans, *reversed([*itertools.pairwise(known)])]:
+    for shorter, length in _spans(padded, limits, max_shapes, shape_tokens, shared or ()):
         count = len(order) - int(np.searchsorted(ascending, shorter, "right")) - start
         if count <= 0:
             continue  # all of them have filled slots of longer batches
@@ -117,6 +114,46 @@ def make_batch(spec: BatchSpec, tokenized: Sequence[TokenizedExample]) -> TokenB
         tokens[slot, :n] = tokenized[row].tokens
         targets[slot, :n] = tokenized[row].targets
     return TokenBatch(spec.rows, tokens, targets, lengths)
+
+
+def _spans(
+    padded: np.ndarray,
+    limits: _Limits,
+    max_shapes: int,
+    shape_tokens: float,
+    shared: Collection[int],
+) -> list[tuple[int, int]]:
+    """(longest that is shorter, length) of the shapes that rows take, descending.
+
+    Rows that no shared length is long enough for have shapes of their own; others only where these
+    save more tokens than they cost.
+    """
+    known = sorted({0, *shared})
+    left = max_shapes - len(shared)
+    found: list[tuple[int, int]] = []
+    for shorter, length in reversed([*itertools.pairwise([*known, sys.maxsize])]):
+        rows = padded[(padded > shorter) & (padded <= length)]
+        if not len(rows):
+            continue
+        new = _shape_lengths(rows, limits, max(left, 1), shape_tokens)
+        new = [(max(start, shorter), end) for start, end in new]
+        if length < sys.maxsize:
+            cost = sum(_tokens(rows, limits, *span) + shape_tokens for span in new)
+            if left < len(new) or cost >= _tokens(rows, limits, shorter, length):
+                found.append((shorter, length))
+                continue
+        found += new
+        left -= len(new)
+    return found
+
+
+def _tokens(rows: np.ndarray, limits: _Limits, shorter: int, length: int) -> int:
+    """Padded tokens of the rows that a shape is for."""
+    count = int(((rows > shorter) & (rows <= length)).sum())
+    if not count:
+        return 0
+    batches, slots = limits.split(np.asarray(count), length)
+    return int(batches * slots * length)
 
 
 def _shape_lengths(

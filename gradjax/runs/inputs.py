@@ -64,7 +64,7 @@ def _find(config: RunConfig, directory: str | Path) -> Found:
     if found.manifest:
         asked, there = config.settings, found.manifest["settings"]
         if config.auto_target_tokens:
-            asked["target_tokens"] = there.get("target_tokens")
+            asked["target_tokens"] = there.get("target_tokens") or "auto"
         names = asked.keys() | {"reading"}
         known = {name: there[name] for name in names if name in there}
         Directory(directory, RUN).require_same("a run", known, asked)

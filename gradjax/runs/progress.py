@@ -85,11 +85,12 @@ def with_progress(
             bar.total = tokens if ahead.complete else None
             bar.update(new)
             now = time.monotonic()
-            if not terminal and done and (now - last > 15 or (ahead.complete and done >= tokens)):
+            ended = ahead.complete and done - new < tokens <= done
+            if not terminal and done and (now - last > 15 or ended):
                 last = now
                 if ahead.complete:
                     left = (now - start) * max(tokens - done, 0) / done
-                    share = 100 * done / tokens
+                    share = min(100 * done / tokens, 100)
                     logging.info(
                         "%d of %d rows, %.0f %% of tokens, %.0f s left", rows, every, share, left
                     )

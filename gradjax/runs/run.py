@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
@@ -49,7 +50,7 @@ from gradjax.sharding import DATA, format_mesh, make_mesh, parse_mesh
 from gradjax.spectra.decompose import resolved_route
 from gradjax.storage.directory import RUN, Directory
 from gradjax.storage.store import Key, Store, open_store, require_run
-from gradjax.structs import ExampleResult, TokenizedExample
+from gradjax.structs import Example, ExampleResult, TokenizedExample
 
 
 def run(config: RunConfig) -> str | Path:
@@ -57,7 +58,8 @@ def run(config: RunConfig) -> str | Path:
 
     Every input row is in the store's `examples/` when this returns, but for those of other
     processes that still work (`results.rows_to_come`). What is refused, and a run with nothing
-    left to do, changes nothing.
+    left to do, changes nothing that is there; a new run whose data turn out faulty behind the first
+    window keeps what it has finished by then.
 
     Raises:
       GradjaxError: for a fault of the run itself; rows finished before it stay.
@@ -75,9 +77,10 @@ def run(config: RunConfig) -> str | Path:
         config = with_target_tokens(config, inputs)
         # Sharded processes compute every batch together, independent ones have rows of their own.
         share = (0, 1) if processes.sharded else (processes.index, processes.count)
-        with ReadAhead(read_windows(config, inputs, *share)) as ahead:
+        rows = read_windows(config, inputs, *share)
+        with ReadAhead(rows, in_order=processes.sharded) as ahead:
             planned = _lay_out(config, inputs, device, processes, ahead)
-            window, plan = next(planned)
+            window, plan, shared = next(planned)
             _agreed_data(processes, ahead)  # refuses unusable data before any weight is read
             mesh = make_mesh(plan.mesh, processes.devices())
             log_inputs(config, inputs, window.data, mesh)
@@ -87,10 +90,13 @@ def run(config: RunConfig) -> str | Path:
             _require_run(inputs, settings)
             _require_one_run(processes, settings, inputs, window, plan.mesh)
             while not (window.left or window.last):
-                window, plan = next(planned)
+                window, plan, shared = next(planned)
             if window.last:
                 _log_counts(ahead, processes)
-            if window.left:
+            if config.overwrite or inputs.found.manifest:
+                ahead.settle()  # what is there is not touched if the rest is refused
+            before = inputs.found.manifest.get("data", {})
+            if window.left or any(before.get(g, {}).get("rows", 0) is None for g in window.data):
                 log_first_example(window.tokenized, inputs.tokenizer)
                 # Before anything is written: a run is replaced only by one whose model is sound.
                 needed = window.to_compute or not window.last
@@ -111,7 +117,7 @@ def run(config: RunConfig) -> str | Path:
                     store.write_manifest(about(data))
                     processes.part()
                     waiting: list[Key] = []
-                    rest = itertools.chain([(window, plan)], planned)
+                    rest = itertools.chain([(window, plan, shared)], planned)
                     results = _computed(config, inputs, decoder, device, processes, rest, waiting)
                     reported = _reported(results, ahead, processes, counted=window.last)
                     with BackgroundWriter(store, config.store_singular_values) as writer:
@@ -131,7 +137,7 @@ def _computed(
     decoder: Decoder | None,
     device: Device,
     processes: Processes,
-    planned: Iterable[tuple[Window, Plan]],
+    planned: Iterable[tuple[Window, Plan, frozenset[int] | None]],
     waiting: list[Key],
 ) -> Iterator[list[ExampleResult]]:
     """What this process finds out about each window's rows: the unusable ones, then by batches.
@@ -139,14 +145,21 @@ def _computed(
     Args:
       waiting: takes the rows that are to come.
     """
-    for window, plan in planned:
+    for window, plan, shared in planned:
         unusable = [] if processes.sharded and processes.index else window.unusable
         waiting += [result.tokenized.example.key for result in unusable]
         if unusable:
             yield unusable
         rows, model, devices = window.tokenized, inputs.model, math.prod(plan.mesh.values())
         batch_among = partial(
-            batch_rows, rows, config.spectra, model, device, config.batch_tokens, devices
+            batch_rows,
+            rows,
+            config.spectra,
+            model,
+            device,
+            config.batch_tokens,
+            devices,
+            shared=shared,
         )
         left = unfinished(plan.batches, window.finished, batch_among)
         if decoder and left:
@@ -224,7 +237,8 @@ def print_plan(config: RunConfig, topology: str | None = None) -> None:
     config = with_target_tokens(config, inputs)
     windows, sample = read_sample(config, inputs)
     rows = [row for window in windows for row in window.tokenized]
-    planned = lay_out(config, inputs.model, rows, device, devices)
+    shared = () if sample or len(windows) > 1 else None
+    planned = lay_out(config, inputs.model, rows, device, devices, shared)
     disk = disk_bytes(
         inputs.model,
         config.spectra,
@@ -288,8 +302,11 @@ def _lay_out(
     device: Device,
     processes: Processes,
     windows: Iterable[Window],
-) -> Iterator[tuple[Window, Plan]]:
-    """Each window's batches, on the mesh of the first and in the shapes of those before it.
+) -> Iterator[tuple[Window, Plan, frozenset[int] | None]]:
+    """Each window's batches, on the mesh of the first, and the padded lengths that have programs.
+
+    Later windows take the shapes of earlier ones; there are no such lengths where there is one
+    window. The mesh is one that holds rows of `--max_length`, where more rows are to come.
 
     Raises:
       GradjaxError: for a window whose batches do not fit.
@@ -301,19 +318,26 @@ def _lay_out(
         if shared is None and not window.last:
             shared = set()
         rows = window.tokenized
-        plan = lay_out(config, inputs.model, rows, device, devices, shared)
         if not agreed:
-            mesh = _agreed_mesh(processes, plan.mesh)
-            config, agreed = dataclasses.replace(config, mesh=format_mesh(mesh)), True
-            if mesh != plan.mesh:
-                plan = lay_out(config, inputs.model, rows, device, devices, shared)
+            longest = [] if window.last else [_longest_row(config)]
+            mesh = lay_out(config, inputs.model, [*rows, *longest], device, devices, shared).mesh
+            mesh = format_mesh(_agreed_mesh(processes, mesh))
+            config, agreed = dataclasses.replace(config, mesh=mesh), True
+        plan = lay_out(config, inputs.model, rows, device, devices, shared)
         others = 1 if processes.sharded else processes.count
         require_fit(plan, remedies(config, inputs.model, rows, device, plan.mesh, others))
         if processes.sharded:
             processes.require_same(sha256(repr((window.hashed, plan.batches))))
         if shared is not None:
             shared |= {batch.length for batch in plan.batches}
-        yield window, plan
+        yield window, plan, None if shared is None else frozenset(shared)
+
+
+def _longest_row(config: RunConfig) -> TokenizedExample:
+    """One that may still come."""
+    length = config.tokens.max_length
+    tokens, targets = np.broadcast_to(np.int32(0), length), np.broadcast_to(np.bool_(True), length)
+    return TokenizedExample(Example("", 0, ""), tokens, targets)
 
 
 def _agreed_mesh(processes: Processes, mesh: dict[str, int]) -> dict[str, int]:
@@ -328,7 +352,10 @@ def _agreed_data(processes: Processes, ahead: ReadAhead) -> dict[str, dict[str, 
     Raises:
       GradjaxError: if no row of one is usable, in any process.
     """
-    own = {t.source.group: (t.usable, t.beyond_positions) for t in ahead.tallies}
+    own = {
+        t.source.group: (t.usable, t.beyond_positions, t.unusable and t.refusal)
+        for t in ahead.tallies
+    }
     every = [json.loads(other) for other in processes.exchange(json.dumps(own))]
     every = every[:1] if processes.sharded else every  # which all judge all rows
     data = dict(ahead.data)
@@ -336,11 +363,10 @@ def _agreed_data(processes: Processes, ahead: ReadAhead) -> dict[str, dict[str, 
         return data  # independent ones have parted
     for tally in ahead.tallies:
         group = tally.source.group
-        usable, beyond = (
-            sum(numbers) for numbers in zip(*(e.get(group, (0, 0)) for e in every), strict=True)
-        )
-        if not usable:
-            raise GradjaxError(tally.refusal)
+        said = [other.get(group, (0, 0, "")) for other in every]
+        beyond = sum(rows for _, rows, _ in said)
+        if not any(usable for usable, _, _ in said):
+            raise GradjaxError(next(refusal for _, _, refusal in said if refusal))
         if beyond:
             data[group] = data[group] | {"rows_beyond_positions": beyond}
     return data
@@ -364,5 +390,6 @@ def _require_one_run(
     mesh: dict[str, int],
 ) -> None:
     """Raises GradjaxError unless all processes have begun the same run, at the same point."""
-    said = (settings, window.hashed, window.data, mesh, inputs.found.shards)
+    data = {group: (of["rows"], of["hash"]) for group, of in window.data.items()}
+    said = (settings, window.hashed, data, mesh, inputs.found.shards)
     processes.require_same(sha256(repr(said)))

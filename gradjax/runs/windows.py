@@ -80,12 +80,20 @@ class Window:
 
 
 def read_windows(
-    config: RunConfig, inputs: Inputs, process: int = 0, num_processes: int = 1
+    config: RunConfig,
+    inputs: Inputs,
+    process: int = 0,
+    num_processes: int = 1,
+    *,
+    whole: bool = True,
 ) -> Iterator[Window]:
     """All rows in their order, of which this process tokenizes every `num_processes`-th.
 
     Finished rows keep only their length. What is not as it should be with a group is logged once
     it is read.
+
+    Args:
+      whole: False for rows that are a sample: nothing is said or refused of a group.
 
     Raises:
       GradjaxError: for a source that cannot be read, if the store holds other rows than it, or
@@ -98,17 +106,20 @@ def read_windows(
         for example in examples:
             tallies[example.group].read(example)
         finished = _finished(inputs, examples)
-        own, texts = examples[process::num_processes], Texts()
+        # By number: with copies of the data that differ no row is lost or taken twice.
+        own = [e for e in examples if e.example_id % num_processes == process]
+        texts = Texts()
         tokenized = [*_tokenized(own, finished, inputs, config, texts)]
         check_vocabulary(tokenized, inputs.model.vocab_size)
         for row in tokenized:
             _judge(tallies[row.example.group], row, inputs.model.max_positions)
         for group in [*tallies][len(ended) : sources_read]:
             ended.append(tallies[group])
-            _require_all(inputs, tallies[group])
-            if num_processes == 1:
-                tallies[group].require_usable()
-            _report(tallies[group], inputs.model.max_positions)
+            if whole:
+                _require_all(inputs, tallies[group])
+                if num_processes == 1:
+                    tallies[group].require_usable()
+                _report(tallies[group], inputs.model.max_positions)
             data = data | {group: tallies[group].describe()}
         yield Window(
             tokenized,
@@ -127,12 +138,15 @@ def read_sample(config: RunConfig, inputs: Inputs) -> tuple[list[Window], int | 
     """The windows of the first rows of every source, and how many these are; None of all rows.
 
     Raises:
-      GradjaxError: as `read_windows`.
+      GradjaxError: as `read_windows`, and if no row of a group that is read to its end is usable.
     """
     most = -(-_SAMPLE_ROWS // len(inputs.sources))
     sampled = config.limit is None or config.limit > most
     shorter = dataclasses.replace(config, limit=most) if sampled else config
-    windows = [*read_windows(shorter, inputs)]
+    windows = [*read_windows(shorter, inputs, whole=False)]
+    for tally in windows[-1].tallies:
+        if not (sampled and tally.rows == most):
+            tally.require_usable()
     sampled &= any(tally.rows == most for tally in windows[-1].tallies)
     return windows, most if sampled else None
 
@@ -149,7 +163,7 @@ def with_target_tokens(config: RunConfig, inputs: Inputs) -> RunConfig:
     if not config.auto_target_tokens:
         return config
     if inputs.found.manifest:
-        chosen = inputs.found.manifest["settings"]["target_tokens"]
+        chosen = inputs.found.manifest["settings"].get("target_tokens")
     else:
         chosen = _common_target_tokens(config, inputs)
     tokens = dataclasses.replace(config.tokens, target_tokens=chosen)
@@ -162,6 +176,9 @@ def _common_target_tokens(config: RunConfig, inputs: Inputs) -> int:
     for row in (row for window in windows for row in window.tokenized):
         if row.status == "ok":
             counts[row.example.group].append(row.num_target_tokens)
+    counts = {group: own for group, own in counts.items() if own}
+    if not counts:
+        windows[-1].tallies[0].require_usable()
     chosen = min(
         sorted(own, reverse=True)[math.ceil(_KEPT * len(own)) - 1] for own in counts.values()
     )
@@ -296,13 +313,15 @@ def _report(tally: Tally, max_positions: int) -> None:
 class ReadAhead(Iterator[Window]):
     """Windows that a thread of its own reads ahead of whoever takes them."""
 
-    def __init__(self, windows: Iterable[Window]):
+    def __init__(self, windows: Iterable[Window], *, in_order: bool = False):
+        """`in_order`: faults are raised in their window's place, as in other processes."""
         # Of the windows read so far; the first two count the rows of all processes.
         self.rows = self.finished = self.to_compute = self.unusable = 0
         self.tokens = 0  # of the rows to compute
         self.complete = False
         self.data: dict[str, dict[str, Any]] = {}  # of the window taken last
         self.tallies: tuple[Tally, ...] = ()
+        self._in_order = in_order
         self._fault: BaseException | None = None
         self._windows: queue.Queue[Window | None] = queue.Queue(_AHEAD)
         self._closed = threading.Event()
@@ -322,12 +341,21 @@ class ReadAhead(Iterator[Window]):
         window = self._windows.get()
         self.check()
         if window is None:
+            if self._fault:
+                raise self._fault
             raise StopIteration
         self.data, self.tallies = window.data, window.tallies
         return window
 
     def check(self) -> None:
-        """Raises what reading has come to, however far ahead."""
+        """Raises what reading has come to, however far ahead, unless faults are in order."""
+        if self._fault and not self._in_order:
+            raise self._fault
+
+    def settle(self) -> None:
+        """Returns once all is read, or as much as may wait; raises what reading has come to."""
+        while not (self.complete or self._fault or self._windows.full()):
+            self._closed.wait(_POLL_SECONDS / 10)
         if self._fault:
             raise self._fault
 

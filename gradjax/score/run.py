@@ -204,6 +204,11 @@ def _sources(config: ScoreConfig) -> list[tuple[Source, int | None]]:
         given = parse_data_flags(config.data, config.reading)
         return [(_as_in_run(source, config.run), config.limit) for source in given]
     data = read_manifest(config.run or "")["data"]
+    if unread := [group for group, of in data.items() if of["rows"] is None]:
+        raise GradjaxError(
+            f"--run={config.run} is not finished: group {unread[0]} was not read to its end; give "
+            "the command that began it again, and it goes on"
+        )
     return [
         (Source.of_manifest(group, of), config.limit or of["rows"]) for group, of in data.items()
     ]
@@ -322,20 +327,25 @@ def _complete(
     scorer = family.load()
     parts = place.names(f"parts/{family.name}")
     first, failed = int(parts[-1].split(".")[0]) + 1 if parts else 0, 0
-    bar = tqdm(total=len(waiting), desc=family.name, unit="row", dynamic_ncols=True, disable=None)
-    scored = 0
-    for number, chunk in enumerate(_chunks(waiting), start=first):
-        scores = dict(zip((e.row_hash for e in chunk), scorer(chunk, bar.update), strict=True))
-        scored += len(chunk)
-        bar.update(scored - bar.n)  # rows that no batch had, too
-        found |= scores
-        # What a judge has not answered is never kept: the next call asks again.
-        if family.name in JUDGED:
-            scores = {d: score for d, score in scores.items() if None not in score.values.values()}
-        failed += len(chunk) - len(scores)
-        if scores:
-            place.put(f"parts/{family.name}/{number:06d}.parquet", _part(family.columns, scores))
-    bar.close()
+    with tqdm(
+        total=len(waiting), desc=family.name, unit="row", dynamic_ncols=True, disable=None
+    ) as bar:
+        scored = 0
+        for number, chunk in enumerate(_chunks(waiting), start=first):
+            scores = dict(zip((e.row_hash for e in chunk), scorer(chunk, bar.update), strict=True))
+            scored += len(chunk)
+            bar.update(scored - bar.n)  # rows that no batch had, too
+            found |= scores
+            # What a judge has not answered is never kept: the next call asks again.
+            if family.name in JUDGED:
+                scores = {
+                    d: score for d, score in scores.items() if None not in score.values.values()
+                }
+            failed += len(chunk) - len(scores)
+            if scores:
+                place.put(
+                    f"parts/{family.name}/{number:06d}.parquet", _part(family.columns, scores)
+                )
     if failed:
         logging.warning(
             "%s: %d rows have no answer; the same command asks again", family.name, failed
