@@ -5,7 +5,6 @@ from absl import flags
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import define_data_flags
 from gradjax.config import Reading, select
-from gradjax.data.sources import parse_data_flags, require_sources
 from gradjax.errors import GradjaxError
 from gradjax.score.config import ScoreConfig
 from gradjax.structs import ATTENTION
@@ -87,9 +86,7 @@ def score_config() -> ScoreConfig:
     values = FLAGS.flag_values_dict()
     if values["judge_prices"]:
         values["judge_prices"] = _prices(values["judge_prices"])
-    config = select(ScoreConfig, values, reading=select(Reading, values))
-    require_sources(parse_data_flags(config.data, config.reading))
-    return config
+    return select(ScoreConfig, values, reading=select(Reading, values))
 
 
 def _prices(texts: list[str]) -> tuple[float, float]:
@@ -107,6 +104,9 @@ def _prices(texts: list[str]) -> tuple[float, float]:
 def main() -> None:
     """Scores, then prints each metric's distribution and where the table is."""
     config = score_config()
+    from gradjax.data.sources import parse_data_flags, require_sources
+
+    require_sources(parse_data_flags(config.data, config.reading))
     from gradjax.score.run import make_batch, plan, score
     from gradjax.score.summary import format_scores
 

@@ -5,7 +5,6 @@ from absl import flags
 from gradjax.cli.command import Command
 from gradjax.cli.data import PUSH, define_data_flags
 from gradjax.select.rule import MATCHING
-from gradjax.storage.hub import push_selection, require_repo
 from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
@@ -69,6 +68,7 @@ most rows have by a weak model).
 def main() -> None:
     """Selects, then prints the summary and where the files are."""
     from gradjax.select.write import select_rows
+    from gradjax.storage.hub import push_selection, require_repo
 
     values = FLAGS.flag_values_dict()
     if repo := values.pop("push_to_hub"):

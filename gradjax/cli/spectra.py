@@ -9,9 +9,7 @@ from absl import flags, logging
 from gradjax import config
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import PUSH, define_data_flags
-from gradjax.data.sources import parse_data_flags, require_sources
 from gradjax.errors import GradjaxError, extras
-from gradjax.storage.hub import push_run, require_repo
 from gradjax.structs import ATTENTION
 
 FLAGS = flags.FlagValues()
@@ -130,7 +128,6 @@ def run_config() -> config.RunConfig:
     tokens = config.select(config.TokenConfig, values)
     spectra = config.select(config.SpectraConfig, values)
     reading = config.select(config.Reading, values)
-    require_sources(parse_data_flags(values["data"], reading))
     return config.select(config.RunConfig, values, reading=reading, tokens=tokens, spectra=spectra)
 
 
@@ -148,6 +145,10 @@ def _target_tokens(given: str | None) -> int | None:
 def main() -> None:
     """Runs, then prints the table of groups and the store's path on standard output."""
     wanted = run_config()
+    from gradjax.data.sources import parse_data_flags, require_sources
+    from gradjax.storage.hub import push_run, require_repo
+
+    require_sources(parse_data_flags(wanted.data, wanted.reading))
     if FLAGS.push_to_hub:
         require_repo(FLAGS.push_to_hub, wanted.output_dir)
     import jax  # loaded once the flags are known to be right
