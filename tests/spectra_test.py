@@ -1,5 +1,7 @@
 """Properties of the singular values and of what is said about them."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 
 from gradjax.sharding import one_device
 from gradjax.spectra import measures
-from gradjax.spectra.decompose import decomposer
+from gradjax.spectra.decompose import _workers, decomposer, host_bytes
+from gradjax.spectra.singular_values import gram_singular_values, matrix_singular_values
 from gradjax.structs import ATTENTION, Factors
 
 pytestmark = pytest.mark.smoke
@@ -263,3 +266,21 @@ def test_cosines_and_entries_at_any_scale(scale):
         for name in ("mean", "max", "min"):
             error = abs(entries["q"][name][row] - scale * getattr(x, name)())
             assert error <= 1e-6 * scale * np.abs(x).max()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "tokens"), [(307, 311, 53), (307, 311, 229), (307, 611, 500)]
+)
+def test_host_bytes_are_what_a_decomposition_holds(outputs, inputs, tokens):
+    """Of one thread; LAPACK's own copy, which Python does not see, makes the difference."""
+    draw = np.random.default_rng(0)
+    x, delta = (draw.normal(size=(tokens, n)).astype(np.float32) for n in (inputs, outputs))
+    tracemalloc.start()
+    if tokens <= 0.75 * min(outputs, inputs):
+        # Tokens that contribute are picked out of the batch first.
+        gram_singular_values(np, x.copy(), [delta.copy()])
+    else:
+        matrix_singular_values(np, delta.T @ x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 1.1 * host_bytes([(outputs, inputs)], tokens) / _workers() <= 2 * peak

@@ -337,7 +337,6 @@ class ReadAhead(Iterator[Window]):
             self._thread.join()
 
     def __next__(self) -> Window:
-        self.check()
         window = self._windows.get()
         self.check()
         if window is None:

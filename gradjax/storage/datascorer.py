@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from gradjax.errors import GradjaxError
 from gradjax.storage.filesystem import write_json_lines
+from gradjax.storage.results import KEY, example_means
 from gradjax.storage.store import read_shards, require_group
 
 SCORERS = {"effective_rank": "EffectiveRank", "nuclear_norm": "NuclearNorm"}
@@ -33,9 +34,9 @@ def datascorer_rows(directory: str | Path, group: str, statistic: str) -> Iterat
             f"{directory} is not finished: group {group} was not read to its end; give the "
             "command that began it again, and it goes on"
         )
-    columns = ["example_id", "projection", statistic]
+    columns = [*KEY, "projection", statistic]
     parts = [
-        shard.to_pandas().groupby(["example_id", "projection"])[statistic].mean().unstack()
+        pd.DataFrame(example_means(shard.to_pandas(), [statistic])[statistic]).droplevel("group")
         for (shard,) in read_shards(directory, {"spectra": columns}, pc.field("group") == group)
         if shard.num_rows
     ]

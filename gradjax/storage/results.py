@@ -123,9 +123,13 @@ def summed_up(shards: Iterable[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFram
     examples, layers = [], []
     for matrices in shards:
         examples.append(example_means(matrices, SPECTRAL))
-        numbers = matrices.groupby(["group", "projection", "layer"])[list(SPECTRAL)]
-        layers.append(numbers.agg(["count", "mean", "var"]))
+        layers.append(_layer_part(matrices))
     return pd.concat(examples).sort_index(), _joined(pd.concat(layers))
+
+
+def _layer_part(matrices: pd.DataFrame) -> pd.DataFrame:
+    numbers = matrices.groupby(["group", "projection", "layer"])[list(SPECTRAL)]
+    return numbers.agg(["count", "mean", "var"])
 
 
 def _joined(parts: pd.DataFrame) -> pd.DataFrame:
@@ -232,7 +236,8 @@ def group_means(directory: str | Path) -> pd.DataFrame:
     """
     examples = read_table(directory, "examples", ["group", "status", "loss"]).to_pandas()
     manifest = read_manifest(directory)
-    _, by_layer = summed_up(read_matrices(directory, manifest["settings"]["layers"]))
+    shards = read_matrices(directory, manifest["settings"]["layers"])
+    by_layer = _joined(pd.concat(map(_layer_part, shards)))
     layer_means = pd.DataFrame({number: by_layer[number, "mean"] for number in _NUMBERS})
     means = pd.DataFrame(layer_means.groupby(["group", "projection"]).mean().unstack("projection"))
     order = [(n, p) for n in _NUMBERS for p in manifest["settings"]["projections"]]
