@@ -89,7 +89,8 @@ def host_bytes(shapes: Iterable[tuple[int, ...]], length: int) -> int:
         if length <= _FACTORS_UP_TO * side:
             # X and one Δ in both formats; six cores: Grams, a factor, products, LAPACK's copy.
             return 12 * length * (inputs + outputs) + 8 * 6 * length**2
-        return 8 * (outputs * inputs + 2 * side**2)
+        # The matrix in both formats, its Gram matrix, and LAPACK's copy of that.
+        return 12 * outputs * inputs + 8 * 2 * side**2
 
     return _workers() * max(held(*shape) for shape in shapes)
 
