@@ -311,6 +311,37 @@ def test_a_template_that_drops_a_system_message_makes_an_invalid_row():
     assert "the system's text in turn 1" in result.reason
 
 
+# As Qwen3's: the thoughts, empty ones too, of answers to the last question alone.
+QWEN3_TEMPLATE = """\
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}
+    {%- if m.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {{- "<|im_start|>" + m.role + "\\n" }}
+    {%- set content = m.content %}
+    {%- if m.role == "assistant" %}
+        {%- set thought = m.reasoning_content or "" %}
+        {%- if "</think>" in content %}
+            {%- set thought = content.split("</think>")[0].split("<think>")[-1].strip() %}
+            {%- set content = content.split("</think>")[-1].lstrip("\\n") %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thought) %}
+            {{- "<think>\\n" + thought + "\\n</think>\\n\\n" }}
+            {%- set content = content.lstrip("\\n") %}
+        {%- endif %}
+    {%- endif %}
+    {{- content }}
+    {%- for call in m.tool_calls or [] %}
+        {%- if content or not loop.first %}{{- "\\n" }}{% endif %}
+        {{- "<tool_call>" + call | tojson + "</tool_call>" }}
+    {%- endfor %}
+    {{- "<|im_end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|im_start|>assistant\\n" }}{% endif %}
+"""
+
+
 CHATML = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
@@ -343,6 +374,51 @@ def test_tool_calls_and_thoughts_are_measured_or_the_row_is_invalid(template, tu
     else:
         assert said in result.reason
     assert "have no plain form" in tokenize(example, tokenizer, TokenConfig()).reason
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+WHY = "<think>\nwhy\n</think>\n\nyo"
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        (("yo",), [f"{EMPTY}yo<|im_end|>"]),
+        (("yo", "hi", "q"), ["yo<|im_end|>", "hi<|im_end|>", f"{EMPTY}q<|im_end|>"]),
+        # Its line breaks are one token with the header's.
+        (("\n\n<b>", "<"), ["\n\n\n<b><|im_end|>", f"{EMPTY}<<|im_end|>"]),
+        (("q", WHY), ["q<|im_end|>", f"{WHY}<|im_end|>"]),
+        ((WHY, "q"), "some of the assistant's text in turn 2"),
+    ],
+)
+def test_turns_that_a_template_writes_otherwise_at_the_end_are_told_apart(answers, found):
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = QWEN3_TEMPLATE
+    check_tokenizer(tokenizer, CHAT)
+    result = tokenize(chat(*(text for a in answers for text in ("q", a))), tokenizer, CHAT)
+    if result.status == "ok":
+        assert target_texts(result, tokenizer) == found
+    else:
+        assert found in result.reason
+
+
+@pytest.mark.parametrize("content", ["", "Let me see."])
+@pytest.mark.parametrize("thought", ["", "It is a sum."])
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_calls_between_question_and_answer_are_told_apart(content, thought, asked_again):
+    tokenizer = make_tokenizer("qwen2")
+    tokenizer.chat_template = QWEN3_TEMPLATE
+    call = CALL | {"content": content, "reasoning_content": thought}
+    turns = [ASKED, call, {"role": "tool", "content": "5"}, {"role": "assistant", "content": "5"}]
+    turns += [ASKED, {"role": "assistant", "content": "6"}] if asked_again else []
+    result = tokenize(to_example({"messages": turns}, "g", 0), tokenizer, CHAT)
+    if thought and asked_again:
+        assert "drops or changes some of the assistant's text in turn 2" in result.reason
+        return
+    called = content + ("\n" if content else "") + '<tool_call>{"name": "add"}</tool_call>'
+    before = f"<think>\n{thought}\n</think>\n\n" if thought else ""
+    answers = ["5<|im_end|>", f"{EMPTY}6<|im_end|>"] if asked_again else [f"{EMPTY}5<|im_end|>"]
+    assert target_texts(result, tokenizer) == [f"{before}{called}<|im_end|>", *answers]
 
 
 def test_what_a_tool_says_must_be_there_quoted_or_not():

@@ -31,6 +31,8 @@ ENCODED_TOGETHER = 1024
 # Tokens [T] and targets [T].
 _Encoded = tuple[np.ndarray, np.ndarray]
 _PROBE = (Message("user", "question"), Message("assistant", "answer"))
+# A content that no template writes, and no text begins with.
+_OTHER = "\ue000"
 
 
 class _UnusableError(Exception):
@@ -228,28 +230,60 @@ def _assistant_spans(
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        through = _render(messages[: i + 1], tokenizer)
-        start = _turn_start(messages[:i], through, tokenizer)
-        if not text.startswith(through) or not seen < start < len(through):
-            raise _UnusableError(
-                f"the chat template does not append turn {i + 1} to what it renders for the turns "
-                "before it, so its tokens cannot be told apart"
-            )
+        start, end = _assistant_turn(messages, i, text, tokenizer)
+        if not seen < start < end:
+            raise _rewritten(i)
         _require_contents(messages[first:i], first, text[seen:start])
+        stripped = text[start:end].rstrip()
+        spans.append((start, start + len(stripped) if stripped.endswith(special) else end))
+        seen, first = end, i + 1
+    _require_contents(messages[first:], first, text[seen:])
+    return text, spans
+
+
+def _assistant_turn(
+    messages: tuple[Message, ...], i: int, text: str, tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, int]:
+    """Where turn `i` begins and ends in `text`, the whole conversation, with all that it says."""
+    before, message = messages[:i], messages[i]
+    through = _render((*before, message), tokenizer)
+    if text.startswith(through):
+        start, end = _turn_start(before, through, tokenizer), len(through)
         turn = through[start:]
         if message.content.strip() not in turn:
             # It may begin with what the generation prompt ends in ("<think>").
-            turn = through[_shared_length(_render(messages[:i], tokenizer), through) :]
-        _require_contents((message,), i, turn)
-        if "tool_calls" in message.extra_texts:
-            calls = dataclasses.replace(message, extra="")
-            if _render((*messages[:i], calls), tokenizer) == through:
-                raise _UnusableError(f"the chat template drops the tool calls of turn {i + 1}")
-        stripped = through.rstrip()
-        spans.append((start, len(stripped if stripped.endswith(special) else through)))
-        seen, first = len(through), i + 1
-    _require_contents(messages[first:], first, text[seen:])
-    return text, spans
+            turn = through[_shared_length(_render(before, tokenizer), through) :]
+    else:
+        # Qwen3's template writes an empty thought into the last turn alone: from its content on, a
+        # turn is what it was as the last one.
+        start = _content_start(messages, i, text, tokenizer)
+        turn = through[_content_start((*before, message), i, through, tokenizer) :].lstrip()
+        end = start + len(text[start:]) - len(text[start:].lstrip()) + len(turn)
+        if not text[start:end].endswith(turn):
+            _require_contents((message,), i, text[start:])  # which says more
+            raise _rewritten(i)
+    _require_contents((message,), i, turn)
+    if "tool_calls" in message.extra_texts:
+        calls = dataclasses.replace(message, extra="")
+        if _render((*before, calls), tokenizer) == through:
+            raise _UnusableError(f"the chat template drops the tool calls of turn {i + 1}")
+    return start, end
+
+
+def _rewritten(i: int) -> _UnusableError:
+    return _UnusableError(
+        f"the chat template does not append turn {i + 1} to what it renders for the turns before "
+        "it, so its tokens cannot be told apart"
+    )
+
+
+def _content_start(
+    messages: tuple[Message, ...], i: int, text: str, tokenizer: PreTrainedTokenizerFast
+) -> int:
+    """Where what turn `i` says begins in the rendering `text`: it parts there from another one."""
+    other = dataclasses.replace(messages[i], content=_OTHER)
+    changed = _render((*messages[:i], other, *messages[i + 1 :]), tokenizer)
+    return _shared_length(text, changed)
 
 
 def _turn_start(
@@ -260,8 +294,8 @@ def _turn_start(
     if through.startswith(prompt):
         return len(prompt)
     # The prompt opens what a finished turn does not have ("<think>"): a turn begins where another
-    # one, of a character that no template writes, parts from the prompt.
-    other = _render((*before, Message("assistant", "\ue000")), tokenizer)
+    # one parts from the prompt.
+    other = _render((*before, Message("assistant", _OTHER)), tokenizer)
     start = _shared_length(prompt, other)
     return start if through.startswith(prompt[:start]) else 0
 
