@@ -53,6 +53,8 @@ Status = Literal[
     "too_short",
     "non_finite",
 ]
+# Of rows that a gradient was asked of.
+COMPUTED: tuple[Status, ...] = ("ok", "non_finite")
 
 
 _EXTRA_TEXTS = ("tool_calls", "reasoning_content", "thinking")

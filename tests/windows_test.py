@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gradjax.checkpoints.resolve import resolve
 from gradjax.config import RunConfig, SpectraConfig, TokenConfig
 from gradjax.data.examples import to_example
 from gradjax.data.tokens import tokenize_rows
@@ -176,6 +178,24 @@ def test_processes_of_windows_share_the_rows(tmp_path, one_window):
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert any("nuclear norm" in output for _, output, _ in ended)
     assert_same_store(tmp_path / "run", one_window)
+
+
+def test_the_last_of_independent_processes_says_what_all_rows_tell(tmp_path):
+    good = jsonl(tmp_path / "good.jsonl", [{"instruction": "1 + 1", "output": "2"}] * 20)
+    long = [{"instruction": "1 + 1", "output": "2 " * n} for n in (20, 30, 2, 40, 50)]
+    bad = jsonl(tmp_path / "bad.jsonl", [{"instruction": "1 + 1"}] * 3)
+    model = shutil.copytree(resolve("demo").directory, tmp_path / "short")
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace(": 4096", ": 16"))
+    data = (f"--data={good}", f"--data={jsonl(tmp_path / 'long.jsonl', long)}", f"--data={bad}")
+    asked = (f"--model={model}", *data, "--limit=100")
+    ended = finish(start_together(tmp_path / "run", 2, *asked, code=SMALL_WINDOWS + MAIN))
+    assert sorted(status for status, _, _ in ended) in ([0, 1], [1, 1]), ended
+    refused = "none of the 3 rows of group 'bad' is usable"
+    assert all((refused in errors) == bool(status) for status, _, errors in ended), ended
+    said = read_manifest(tmp_path / "run")["data"]
+    assert [of.get("rows_beyond_positions") for of in said.values()] == [None, 4, None]
+    assert rows_to_come(tmp_path / "run") == 0
 
 
 def test_a_fault_behind_the_first_window_keeps_what_is_finished(tmp_path, small_windows):

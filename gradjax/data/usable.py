@@ -66,8 +66,8 @@ class Tally:
         """What is to be done if no row is usable."""
         return (
             f"none of the {self.rows:,} rows of group {self.source.group!r} is usable: "
-            f"{self.unusable}; mend the data, or say how they are read with --columns, --field, "
-            "--response_marker or another --prompt_format"
+            f"{self.unusable or 'see examples/'}; mend the data, or say how they are read with "
+            "--columns, --field, --response_marker or another --prompt_format"
         )
 
     def report(self) -> None:

@@ -49,8 +49,9 @@ from gradjax.runs.windows import (
 from gradjax.sharding import DATA, format_mesh, make_mesh, parse_mesh
 from gradjax.spectra.decompose import resolved_route
 from gradjax.storage.directory import RUN, Directory
-from gradjax.storage.store import Key, Store, open_store, require_run
-from gradjax.structs import Example, ExampleResult, TokenizedExample
+from gradjax.storage.results import rows_to_come
+from gradjax.storage.store import Key, Store, open_store, read_table, require_run
+from gradjax.structs import COMPUTED, Example, ExampleResult, TokenizedExample
 
 
 def run(config: RunConfig) -> str | Path:
@@ -128,6 +129,8 @@ def run(config: RunConfig) -> str | Path:
                     if not window.last:
                         read = {g: of for g, of in data.items() if of["rows"] is not None}
                         store.write_manifest(about(_agreed_data(processes, ahead) | read))
+                        if processes.count > 1 and not processes.sharded:
+                            _complete(store, ahead, inputs.model.max_positions)
         return inputs.directory
 
 
@@ -370,6 +373,23 @@ def _agreed_data(processes: Processes, ahead: ReadAhead) -> dict[str, dict[str, 
         if beyond:
             data[group] = data[group] | {"rows_beyond_positions": beyond}
     return data
+
+
+def _complete(store: Store, ahead: ReadAhead, max_positions: int) -> None:
+    """Says in the manifest what only all rows tell, if this is the last of independent processes.
+
+    Raises:
+      GradjaxError: if no row of a group is usable.
+    """
+    if rows_to_come(store.directory) != 0:
+        return
+    rows = read_table(store.directory, "examples", ["group", "status", "num_tokens"]).to_pandas()
+    rows = rows[rows["status"].isin(COMPUTED)]
+    beyond = rows.loc[rows["num_tokens"] > max_positions, "group"].value_counts()
+    store.add_to_data({group: {"rows_beyond_positions": int(n)} for group, n in beyond.items()})
+    for tally in ahead.tallies:
+        if tally.source.group not in set(rows["group"]):
+            raise GradjaxError(tally.refusal)
 
 
 def _require_rows(store: Store, rows: Sequence[Key]) -> None:

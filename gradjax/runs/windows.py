@@ -23,7 +23,7 @@ from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
 from gradjax.runs.inputs import Inputs
 from gradjax.storage.store import FinishedRow, Key
-from gradjax.structs import Example, ExampleResult, Status, TokenizedExample
+from gradjax.structs import COMPUTED, Example, ExampleResult, Status, TokenizedExample
 
 # The first is what a run waits for: some seconds. Fewer rows would be padded more.
 WINDOW_ROWS = 16_384
@@ -276,7 +276,7 @@ def _packed(rows: list[TokenizedExample], texts: Texts) -> Iterator[TokenizedExa
 
 def _finished_before(example: Example, found: FinishedRow) -> TokenizedExample:
     """A stand-in of the right length: batches stay what they were, and this row is in none."""
-    computed = found.status in ("ok", "non_finite")
+    computed = found.status in COMPUTED
     return TokenizedExample(
         example,
         np.broadcast_to(np.int32(0), found.num_tokens),

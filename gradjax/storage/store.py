@@ -134,6 +134,12 @@ class Store:
             self._directory.write_manifest(manifest)
         self._barrier()  # also: all hold the place, and know what was finished
 
+    def add_to_data(self, said: Mapping[str, Mapping[str, Any]]) -> None:
+        """Adds to what `run.json` says of each group; any process may."""
+        manifest = self._directory.require_manifest()
+        data = {group: of | said.get(group, {}) for group, of in manifest["data"].items()}
+        self._directory.write_manifest(manifest | {"data": data})
+
     def append(self, results: Iterable[ExampleResult], *, singular_values: bool = True) -> None:
         """Adds one shard per table; the rows count as finished once this returns.
 
