@@ -17,7 +17,8 @@ from absl import flags
 from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.cli.app import start
 from gradjax.report.compare import auroc
-from gradjax.report.length import Lengths, match, standard_difference
+from gradjax.report.length import standard_difference
+from gradjax.report.matching import Rows, match
 from gradjax.report.published import published_table
 from gradjax.score.judge import parse_difficulty, parse_tags
 
@@ -120,11 +121,24 @@ def pairs(directory: Path) -> pd.DataFrame:
                 [len(tokenizer(text, verbose=False).input_ids) for text in rows[column]]
                 for column in ("output", "instruction")
             ]
-            sides.append(Lengths(np.array(counts[0]), np.array(counts[1])))
-        matched = match(*sides)
-        logs = [side.logs[matched[:, i], 1] for i, side in enumerate(sides)]
-        apart = standard_difference(*logs) if len(matched) else np.nan
-        found[name] = {"pairs": len(matched), "prompts, standard deviations apart": apart}
+            whole = rows["instruction"] + "\0" + rows["output"]
+            prompts, texts = (
+                pd.util.hash_array(column.to_numpy(object))
+                for column in (rows["instruction"], whole)
+            )
+            sides.append(Rows(np.array(counts[0]), np.array(counts[1]), prompts, texts))
+        matched = match(sides[0], sides[1])
+        high, low = (
+            units.means(rows.logs)[matched.pairs[:, i], 1]
+            for i, (units, rows) in enumerate(zip(matched.units, sides, strict=True))
+        )
+        apart = standard_difference(high, low) if len(high) else np.nan
+        found[name] = {
+            "prompts": min(len(units.clusters) for units in matched.units),
+            "pairs": len(matched.pairs),
+            "of one prompt": matched.paired,
+            "prompts, standard deviations apart": apart,
+        }
     return pd.DataFrame.from_dict(found, orient="index")
 
 

@@ -113,7 +113,15 @@ class Run:
         return read_table(self.directory, "similarity").to_pandas()
 
     def compare(
-        self, high: str, low: str, *, equal_length: "Run | None" = None, layers: str = "all"
+        self,
+        high: str,
+        low: str,
+        *,
+        equal_length: "Run | None" = None,
+        layers: str = "all",
+        pair_by: str | None = None,
+        cluster_by: str | None = None,
+        negligible: float = 0.1,
     ) -> pd.DataFrame:
         """Two groups' statistics, their gaps, and whether they differ beyond length.
 
@@ -121,6 +129,9 @@ class Run:
           high, low: groups of the run; a gap is high − low.
           equal_length: a run of the same rows with `--target_tokens`.
           layers: as `--layers` of `gradjax spectra`; an example's value is its mean over them.
+          pair_by, cluster_by: columns of the data that say which rows are pairs and which count
+            together (default: those of one prompt).
+          negligible: standard deviations of what length leaves, that are of no importance.
 
         Returns:
           The rows and columns of the report's `comparisons.csv`; see gradjax/report/length.py
@@ -131,11 +142,16 @@ class Run:
             the extra `report` is not installed.
         """
         with extras():
+            from gradjax.report.clusters import with_clusters
             from gradjax.report.compare import COLUMNS, adjusted, compare
         from gradjax.storage.results import read_values
 
-        alone = read_values(equal_length.directory, layers) if equal_length else None
-        compared = compare(read_values(self.directory, layers), high, low, alone)
+        runs = [
+            with_clusters(read_values(run.directory, layers), pair_by, cluster_by)
+            for run in (self, equal_length)
+            if run
+        ]
+        compared = compare(runs[0], high, low, *runs[1:], negligible=negligible)
         return adjusted([compared])[COLUMNS]
 
 

@@ -282,7 +282,12 @@ def test_json_is_the_table_and_the_comparison(tmp_path):
             assert of[measure] == expected
     comparison = {(row["statistic"], row["projection"]): row for row in said["comparison"]}
     assert comparison["effective_rank", "all"]["comparison"] == "high:low"
-    assert comparison["effective_rank", "all"]["beyond_length"] in ("yes", "no", "undecided")
+    assert comparison["effective_rank", "all"]["beyond_length"] in (
+        "yes",
+        "negligible",
+        "no",
+        "undecided",
+    )
     assert "--plan has none" in refused(call("spectra", "--json", "--plan"))
 
 
@@ -295,7 +300,7 @@ def test_the_demo_ends_with_verdicts_and_a_page(tmp_path, monkeypatch, capsys, c
     assert re.search(r"^slow +0\.0", said, re.MULTILINE)
     # By the first tokens, of which all responses have as many.
     assert "slow against fast, beyond length: nuclear norm yes, smaller in slow" in said
-    assert "By the first 5 target tokens" in said
+    assert "By the first 5 target tokens of the 16 and 16 responses" in said
     page = tmp_path / "d" / "report" / "report.html"
     assert page.is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"d", "d_5_tokens"}

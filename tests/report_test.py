@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,15 @@ from statsmodels.stats.multitest import multipletests
 
 import gradjax
 from benchmarks.made_up_runs import SIDES, Group, write_run
+from gradjax.config import RunConfig, SpectraConfig
 from gradjax.errors import GradjaxError
 from gradjax.report import figures
-from gradjax.report.compare import COLUMNS, compare, difference, sentence
+from gradjax.report.clusters import with_clusters
+from gradjax.report.compare import COLUMNS, compare, difference, sentence, settled
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.write import ReportConfig, write_report
+from gradjax.runs.run import run as run_spectra
 from gradjax.storage.results import RunValues, example_values, read_values
 from gradjax.structs import ATTENTION
 
@@ -168,11 +172,11 @@ def test_groups_without_common_lengths_need_an_equal_length_run(tmp_path):
     }
     equal = read_values(write_run(tmp_path / "equal", cut, target_tokens=8))
     found = compare(run, "long", "short", equal)
-    assert (found.primary, found.pairs) == ("equal_length", 0)
+    assert (found.primary, len(found.matched.pairs)) == ("equal_length", 0)
     assert "first 8 target tokens of the 61 and 67 responses" in sentence(found)
-    pairs = found.equal_length_pairs
+    pairs = len(found.deciding.pairs)
     assert pairs > 40
-    assert f"{pairs} pairs of like prompts" in sentence(found)
+    assert f"have them, {pairs} pairs (0 of the same prompt; the" in sentence(found)
     balance = found.balance.set_index(["rows", "tokens"])
     assert abs(balance.loc[("equal_length_matched", "prompt"), "difference"]) < 0.1
     assert verdicts(run, "long", "short", equal_length=equal)["nuclear_norm"] == "yes"
@@ -208,8 +212,150 @@ def test_pairs_of_cut_rows_are_counted(directory):
     run = read_values(directory)
     examples = run.examples.assign(truncated=run.examples["group"] == "long")
     found = compare(dataclasses.replace(run, examples=examples), "long", "short")
-    assert found.cut == found.pairs
-    assert f"In {found.pairs} pairs a row was cut" in sentence(found)
+    assert found.cut == len(found.matched.pairs)
+    assert f"In {found.cut} pairs a row was cut" in sentence(found)
+
+
+def test_the_sentence_and_the_table_give_the_size(directory):
+    found = compare(read_values(directory), "long", "short")
+    row = found.table.set_index(["statistic", "projection"]).loc["nuclear_norm", "all"]
+    assert row["ratio_ci_low"] < 0.5 < row["ratio_ci_high"] < 1
+    assert row["ratio_ci_low"] < row["ratio"] < row["ratio_ci_high"]
+    low, high = found.effects["nuclear_norm", "all"].log_interval
+    assert (np.log(row["ratio_ci_low"]), np.log(row["ratio_ci_high"])) == pytest.approx((low, high))
+    size = f"{row['ratio']:.3f} [{row['ratio_ci_low']:.3f}, {row['ratio_ci_high']:.3f}]"
+    assert f"nuclear norm yes, smaller in long, ratio {size}; effective rank" in sentence(found)
+    assert re.search(r"about [\d,]+ such pairs would decide", sentence(found))
+    assert (row["clusters_high"], row["clusters_low"], row["duplicates"], row["paired"]) == (
+        97,
+        89,
+        0,
+        0,
+    )
+
+
+def test_what_is_negligible_is_chosen_by_the_caller(directory):
+    run = read_values(directory)
+    said = {}
+    for negligible in (0.1, 2.0, 20.0):
+        table = compare(run, "long", "short", negligible=negligible).table
+        rows = table[table["projection"] == "all"].set_index("statistic")
+        said[negligible] = rows["beyond_length"].to_dict()
+    assert said[0.1]["nuclear_norm"] == "yes"
+    assert said[20.0]["nuclear_norm"] == "negligible"
+    assert said[0.1]["effective_rank"] == "undecided"
+    assert said[2.0]["effective_rank"] == "no"
+
+
+def test_a_yes_has_to_survive_the_other_verdicts(directory):
+    """Holm, written out here: p of the sentences of all comparisons, both questions."""
+    run = read_values(directory)
+    one = compare(run, "long", "short")
+    doubtful = dataclasses.replace(
+        one.effects["effective_rank", "all"], log_ratio=1.0, error=1 / 2.8, degrees_of_freedom=1e6
+    )
+    names = [("nuclear_norm", "all"), ("effective_rank", "all")]
+    one = dataclasses.replace(
+        one, effects=one.effects | dict.fromkeys(names, doubtful), loss_effects={}
+    )
+    for copies, verdict in ((1, "yes"), (4, "yes"), (5, "undecided"), (30, "undecided")):
+        # 2 · copies verdicts of p 0.0051: adjusted 0.041 for 4 copies, 0.051 for 5.
+        found = settled([one] * copies)
+        for comparison in found:
+            table = comparison.table.set_index(["statistic", "projection"])
+            assert set(table.loc[names, "beyond_length"]) == {verdict}
+            assert ("chance among so many verdicts" in sentence(comparison)) == (verdict != "yes")
+
+
+def test_beyond_loss_is_asked_as_well(tmp_path):
+    """Loss is twice the norm in these runs: nothing of the norm is left beyond it."""
+    groups = {"a": draw(1, 199, norm=0.8, rank=1.3), "b": draw(2, 199)}
+    table = compare(read_values(write_run(tmp_path / "run", groups)), "a", "b").table
+    rows = table[table["projection"] == "all"].set_index("statistic")
+    assert rows.loc["nuclear_norm", "beyond_length"] == "yes"
+    assert rows.loc["effective_rank", "beyond_length"] == "yes"
+    assert rows.loc["nuclear_norm", "beyond_loss"] == "no"
+    assert rows.loc["effective_rank", "beyond_loss"] == "yes"
+    assert pd.isna(rows.loc["loss", "beyond_loss"])
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory) -> Path:
+    """A run of two files whose rows have ids: 30 questions, asked twice in either, otherwise."""
+    folder = tmp_path_factory.mktemp("linked")
+    rng = np.random.default_rng(0)
+    for group in ("good", "bad"):
+        rows = [
+            {
+                "instruction": f"Question {n}, {'a' if group == 'good' else 'b'}",
+                "output": "1 2 3 4 5 6 7"[: int(rng.integers(3, 14))],
+                "id": n // 2,
+                "source": n % 7 if n else None,
+            }
+            for n in rng.permutation(60).tolist()
+        ]
+        (folder / f"{group}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_spectra(
+        RunConfig(
+            model="demo",
+            data=(str(folder / "good.jsonl"), str(folder / "bad.jsonl")),
+            spectra=SpectraConfig(layers="0"),
+            output_dir=str(folder / "run"),
+        )
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pair_by", "cluster_by", "clusters", "paired"),
+    [
+        (None, None, 60, 0),
+        ("id", None, 30, 30),
+        (None, "id", 30, 30),
+        ("id", "id", 30, 30),
+        (None, "source", 8, 7),  # the row without one is on its own
+        ("id", "source", 1, 1),  # all rows are linked
+    ],
+)
+def test_columns_of_the_data_link_rows(linked, pair_by, cluster_by, clusters, paired):
+    run = with_clusters(read_values(linked / "run"), pair_by, cluster_by)
+    matched = compare(run, "good", "bad").matched
+    assert [len(units.clusters) for units in matched.units] == [clusters] * 2
+    by = {"pair_by": pair_by, "cluster_by": cluster_by}
+    table = gradjax.open_run(linked / "run").compare("good", "bad", **by)
+    assert set(table["clusters_high"]) == {clusters}
+    common = np.intersect1d(*(units.clusters for units in matched.units))
+    assert len(common) == paired
+    assert set(matched.units[0].clusters[matched.pairs[: matched.paired, 0]]) <= set(common)
+
+
+def test_columns_that_are_not_there_are_refused(linked, tmp_path):
+    run = read_values(linked / "run")
+    with pytest.raises(GradjaxError, match=r"has no column 'ids'; it has .*id.*did you mean"):
+        with_clusters(run, "ids", None)
+    text = (linked / "good.jsonl").read_text()
+    (linked / "good.jsonl").write_text(text.replace("Question 7,", "Question 70,"))
+    with pytest.raises(GradjaxError, match=r"good\.jsonl has other rows than those of group good"):
+        with_clusters(run, "id", None)
+    (linked / "good.jsonl").write_text(text)
+    command = ReportConfig((str(linked / "run"),), output_dir=str(tmp_path), pair_by="id")
+    assert "the smaller group has 30 prompts" in write_report(command).verdicts[0]
+    table = pd.read_csv(tmp_path / "comparisons.csv")
+    assert set(table["clusters_high"]) == {30}
+    assert table["paired"].max() > 10
+
+
+def test_repeated_and_shared_rows_are_said(tmp_path):
+    rows = [{"instruction": f"{n} + 1", "output": str(n + 1)} for n in range(40)]
+    for name, part in (("a", rows[:30] * 2), ("b", rows[20:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    data = tuple(str(tmp_path / f"{name}.json") for name in "ab")
+    spectra = SpectraConfig(layers="0")
+    run_spectra(RunConfig(model="demo", data=data, spectra=spectra, output_dir=str(tmp_path / "r")))
+    found = compare(read_values(tmp_path / "r"), "a", "b")
+    assert (found.matched.duplicates, found.matched.shared) == (30, 10)
+    assert "30 rows equal others of their group and count once." in sentence(found)
+    assert "10 rows are in both groups." in sentence(found)
 
 
 def test_tables_have_the_papers_means(directory):

@@ -11,6 +11,11 @@ EQUAL_LENGTH = """a run of the same rows with --target_tokens=N: decides where f
 of the rows can be matched on length; one per --run, in the same order"""
 BY = "the spectra table has a line per projection (as in the paper), layer or example"
 PUBLISHED = "DATASET/METRIC: shows the paper's numbers for the run's model beside the measured ones"
+PAIR_BY = """column of the data that says which rows of the groups are pairs (default: those of one
+prompt)"""
+CLUSTER_BY = """column of the data that says which rows count together (default: those of one
+prompt)"""
+NEGLIGIBLE = "standard deviations, of what length leaves, that are of no importance"
 OUTPUT_DIR = "where to write (default: report/ in the first run)"
 LAYERS = "all, or numbers and ranges from 0, as in 0-5,8"
 GROUPS = {
@@ -22,6 +27,9 @@ GROUPS = {
         flags.DEFINE_multi_string("compare", [], COMPARE, FLAGS),
         flags.DEFINE_string("layers", "all", LAYERS, FLAGS),
         flags.DEFINE_enum("by", "projection", ["projection", "layer", "example"], BY, FLAGS),
+        flags.DEFINE_string("pair_by", None, PAIR_BY, FLAGS),
+        flags.DEFINE_string("cluster_by", None, CLUSTER_BY, FLAGS),
+        flags.DEFINE_float("negligible", 0.1, NEGLIGIBLE, flag_values=FLAGS),
         flags.DEFINE_string("published", None, PUBLISHED, FLAGS),
     ],
     "Output": [flags.DEFINE_string("output_dir", None, OUTPUT_DIR, FLAGS)],
@@ -45,6 +53,9 @@ def main() -> None:
         by=FLAGS.by,
         layers=FLAGS.layers,
         published=FLAGS.published,
+        pair_by=FLAGS.pair_by,
+        cluster_by=FLAGS.cluster_by,
+        negligible=FLAGS.negligible,
     )
     written = write_report(config)
     print("\n".join(written.verdicts))

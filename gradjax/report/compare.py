@@ -6,42 +6,48 @@ the projections.
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.nonparametric import rank_compare_2indep
 
 from gradjax.errors import GradjaxError
 from gradjax.report.length import (
+    APART,
+    ENOUGH,
     FEWEST_PAIRS,
-    PROMPTS_APART,
+    NEGLIGIBLE,
     Effect,
-    Lengths,
-    match,
     matched_effect,
 )
+from gradjax.report.matching import Matched, Rows, match
 from gradjax.report.ranks import auroc
 from gradjax.storage.results import ALL, KEY, RunValues, example_values
 
 COLUMNS = [
     *("comparison", "statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap"),
     *("ci_low", "ci_high", "auroc", "cliffs_delta", "p_adjusted", "matched_pairs", "matched_gap"),
-    *("matched_ci_low", "matched_ci_high", "beyond_length"),
+    *("matched_ci_low", "matched_ci_high", "beyond_length", "ratio", "ratio_ci_low"),
+    *("ratio_ci_high", "clusters_high", "clusters_low", "duplicates", "paired", "beyond_loss"),
 ]
 _TABLE = [
     *(column for column in COLUMNS if column != "p_adjusted"),
-    *("p", "auroc_low", "auroc_high", "rank_effect", "prompts_apart"),
+    *("p", "auroc_low", "auroc_high", "rank_effect"),
     *("equal_length_gap", "equal_length_ci_low", "equal_length_ci_high"),
 ]
+# What a comparison's sentence says, and a report's adjustment is over.
+HEADLINE = [("nuclear_norm", ALL), ("effective_rank", ALL)]
 _COMMON = ("model", "tokenizer", "template", "prompt_format", "max_length", "layers", "projections")
-INTERVAL = 0.05  # of what is shown: 95 % intervals
-ENOUGH = 0.5  # share of rows matched from which matched pairs are the primary view
+INTERVAL = 0.05  # of gaps: 95 % intervals
 _RESAMPLES = 2_000
+_LEAST_LOSS = 1e-6  # nats per token; no logarithm is taken of less
 View = Literal["matched", "equal_length", "none"]
 Sides = tuple[pd.DataFrame, pd.DataFrame]  # the rows of high and of low
+Effects = dict[tuple[str, str], Effect | None]  # by statistic and projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,92 +57,133 @@ class Comparison:
     `table` has one row per statistic and projection with `COLUMNS` but for `p_adjusted`, and the
     unadjusted `p`, AUROC's interval, the effect in the equal-length run and `rank_effect`.
     `balance` has geometric means of target and prompt tokens and their standardised difference,
-    of all rows and of the matched, in the run and in the equal-length run.
+    of all units and of the matched, in the run and in the equal-length run.
     """
 
     model: str
     high: str
     low: str
     table: pd.DataFrame
+    # What decides: beyond length, and beyond length and loss.
+    effects: Effects
+    loss_effects: Effects
     length_auroc: float
     loss_auroc: float
-    pairs: int
-    matched_share: float
+    matched: Matched
     balance: pd.DataFrame
     equal_length: int | None  # target tokens of the equal-length run, where there is one
-    equal_length_rows: tuple[int, int]  # its rows that are used: of high, of low
-    equal_length_pairs: int  # of them, paired on prompt tokens
+    equal_matched: Matched | None  # its rows that are used
     cut: int  # matched pairs of which a row was cut at --max_length
     primary: View  # what decides
+    negligible: float  # standard deviations of what length leaves, that are of no importance
 
     @property
     def name(self) -> str:
         """As in `--compare`."""
         return f"{self.high}:{self.low}"
 
+    @property
+    def deciding(self) -> Matched:
+        """The pairs that decide."""
+        alone = self.equal_matched if self.primary == "equal_length" else None
+        return alone or self.matched
+
 
 def compare(
-    run: RunValues, high: str, low: str, equal_length: RunValues | None = None
+    run: RunValues,
+    high: str,
+    low: str,
+    equal_length: RunValues | None = None,
+    negligible: float = NEGLIGIBLE,
 ) -> Comparison:
-    """Compares two groups.
+    """Compares two groups; its verdicts are adjusted for each other.
 
     Args:
       equal_length: a run of the same groups with `--target_tokens`. Such a run is its own.
+      negligible: standard deviations of what length leaves, that are of no importance.
 
     Raises:
       GradjaxError: if a group is missing or has no `ok` row.
     """
-    sides = run.rows(high), run.rows(low)
-    values = example_values(run)
-    matched = _match(values, sides, "target")
-    pairs = matched.pairs
-    share = len(pairs) / min(map(len, sides))
+    whole = _view(run, high, low)
     equal_length = run if run.target_tokens else equal_length
-    equal = _match_equal_lengths(run, high, low, equal_length) if equal_length else None
-    primary: View = "matched" if len(pairs) >= FEWEST_PAIRS else "none"
-    if equal_length and (share < ENOUGH or equal_length is run):
+    alone = None
+    if equal_length:
+        _require_same_rows(run, equal_length, (high, low))
+        alone = _view(equal_length, high, low)
+    primary: View = "matched" if len(whole.matched.pairs) >= FEWEST_PAIRS else "none"
+    if alone and (whole.matched.share < ENOUGH or equal_length is run):
         primary = "equal_length"
-    logs = [side.logs for side in matched.lengths]
-    rows = []
-    for statistic, projection in values.columns:
-        ours, theirs = _both(values[statistic, projection], sides)
-        at_length = matched.effects[statistic, projection]
-        alone = equal.effects.get((statistic, projection)) if equal else None
-        deciding = alone if primary == "equal_length" else at_length
-        rows.append(
-            {
-                "comparison": f"{high}:{low}",
-                "statistic": statistic,
-                "projection": projection,
-                **difference(ours, theirs),
-                "matched_pairs": len(pairs),
-                **_shown("matched", at_length),
-                **_shown("equal_length", alone),
-                "rank_effect": _rank_effect(ours, theirs, *logs),
-                "prompts_apart": deciding.prompts_apart if deciding else np.nan,
-                "beyond_length": deciding.verdict if deciding else "undecided",
-            }
-        )
-    balances = [matched.balance("all", "matched")]
-    if equal:
-        balances.append(equal.balance("equal_length_all", "equal_length_matched"))
-    truncated = [side["truncated"].to_numpy() for side in sides]
-    return Comparison(
+    deciding = alone if alone and primary == "equal_length" else whole
+    balances = [_balance(whole.matched, "all", "matched")]
+    if alone:
+        balances.append(_balance(alone.matched, "equal_length_all", "equal_length_matched"))
+    found = Comparison(
         model=run.name,
         high=high,
         low=low,
-        table=pd.DataFrame(rows, columns=_TABLE),
-        length_auroc=auroc(*(side["num_target_tokens"].to_numpy(float) for side in sides)),
-        loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in sides)),
-        pairs=len(pairs),
-        matched_share=share,
+        table=pd.DataFrame(_table(whole, alone, deciding), columns=_TABLE).assign(
+            comparison=f"{high}:{low}"
+        ),
+        effects=deciding.effects,
+        loss_effects=_loss_effects(deciding),
+        length_auroc=auroc(*(side["num_target_tokens"].to_numpy(float) for side in whole.sides)),
+        loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in whole.sides)),
+        matched=whole.matched,
         balance=pd.concat(balances, ignore_index=True),
         equal_length=equal_length.target_tokens if equal_length else None,
-        equal_length_rows=equal.rows if equal else (0, 0),
-        equal_length_pairs=len(equal.pairs) if equal else 0,
-        cut=int((truncated[0][pairs[:, 0]] | truncated[1][pairs[:, 1]]).sum()),
+        equal_matched=alone.matched if alone else None,
+        cut=_cut(whole.matched, whole.sides),
         primary=primary,
+        negligible=negligible,
     )
+    (found,) = settled([found])
+    return found
+
+
+def settled(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with the verdicts of a report of all of them.
+
+    A "yes" of the sentences has to hold for all of them together, as has one of the tables' other
+    rows for all of these (Holm).
+    """
+    asked = [
+        _Asked(number, column, name, effect)
+        for number, one in enumerate(comparisons)
+        for column, effects in (("beyond_length", one.effects), ("beyond_loss", one.loss_effects))
+        for name, effect in effects.items()
+        if effect and np.isfinite(effect.p)
+    ]
+    answers: dict[tuple[int, str, tuple[str, str]], str] = {}
+    for headline in (True, False):
+        family = [one for one in asked if (one.name in HEADLINE) == headline]
+        for one, p in zip(family, _holm([one.effect.p for one in family]), strict=True):
+            negligible = comparisons[one.comparison].negligible
+            answers[one.comparison, one.column, one.name] = one.effect.verdict(negligible, p)
+    found = []
+    for number, one in enumerate(comparisons):
+        names = list(zip(one.table["statistic"], one.table["projection"], strict=True))
+        columns = {
+            column: [answers.get((number, column, name), "undecided") for name in names]
+            for column in ("beyond_length", "beyond_loss")
+        }
+        table = one.table.assign(**columns)
+        table.loc[table["statistic"] == "loss", "beyond_loss"] = None
+        found.append(dataclasses.replace(one, table=table))
+    return found
+
+
+class _Asked(NamedTuple):
+    """A question that has an answer."""
+
+    comparison: int
+    column: str  # of the table
+    name: tuple[str, str]  # statistic and projection
+    effect: Effect
+
+
+def _holm(p: list[float]) -> list[float]:
+    return np.asarray(multipletests(p, method="holm")[1]).tolist() if p else []
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -209,88 +256,158 @@ def format_gaps(comparison: Comparison) -> str:
 
 
 def _said(comparison: Comparison, row: dict[Hashable, Any]) -> str:
-    name, verdict = row["statistic"].replace("_", " "), row["beyond_length"]
-    if verdict != "yes":
-        return f"{name} {verdict}"
-    side = "larger" if row[f"{comparison.primary}_gap"] > 0 else "smaller"
-    return f"{name} yes, {side} in {comparison.high}"
+    statistic, verdict = row["statistic"], row["beyond_length"]
+    effect = comparison.effects.get((statistic, ALL))
+    name = statistic.replace("_", " ")
+    if not effect:
+        return f"{name} undecided"
+    low, high = np.exp(effect.log_interval)
+    ratio = float(np.exp(effect.log_ratio))
+    size = f"ratio {_short(ratio)} [{_short(low)}, {_short(high)}]"
+    side = f"{'larger' if effect.log_ratio > 0 else 'smaller'} in {comparison.high}"
+    if verdict == "yes":
+        return f"{name} yes, {side}, {size}"
+    if verdict == "negligible":
+        return f"{name} yes, but negligible, {size}"
+    if verdict == "no":
+        return f"{name} no, {size}"
+    if not effect.balanced:
+        return f"{name} undecided"
+    if not low <= 1 <= high:
+        return f"{name} undecided, {size}, which may be chance among so many verdicts"
+    needed = effect.pairs_to_decide(comparison.negligible)
+    return f"{name} undecided, {size}; about {needed:,} such pairs would decide"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.3f}" if 0.1 <= ratio < 10 else f"{ratio:.3g}"
 
 
 def _basis(comparison: Comparison) -> str:
-    pairs = f"{comparison.pairs} matched pairs, {comparison.matched_share:.0%} of the smaller group"
+    matched = comparison.deciding
+    smaller = min(len(units.clusters) for units in matched.units)
+    pairs = (
+        f"{len(matched.pairs)} pairs ({matched.paired} of the same prompt; the smaller group has "
+        f"{smaller} prompts)"
+    )
     if comparison.primary == "none":
         return (
-            f"Too few rows are equally long ({pairs}): run the same rows with --target_tokens=N "
-            "and give that run as --equal_length_run."
+            f"Too few are equally long, {pairs}: run the same rows with --target_tokens=N and "
+            "give that run as --equal_length_run."
         )
     basis = f"By {pairs}."
     if comparison.primary == "equal_length":
-        high, low = comparison.equal_length_rows
+        high, low = (len(rows.target) for rows in matched.rows)
         basis = (
             f"By the first {comparison.equal_length} target tokens of the {high} and {low} "
-            f"responses that have them, {comparison.equal_length_pairs} pairs of like prompts."
+            f"responses that have them, {pairs}."
         )
-        if comparison.equal_length_pairs < FEWEST_PAIRS:
-            return f"{basis} Fewer than {FEWEST_PAIRS} decide nothing."
-    elif comparison.cut:
+    if len(matched.pairs) < FEWEST_PAIRS:
+        return f"{basis} Fewer than {FEWEST_PAIRS} decide nothing."
+    if comparison.cut and comparison.primary == "matched":
         basis += f" In {comparison.cut} pairs a row was cut at --max_length: by what was left."
-    apart = comparison.table["prompts_apart"].abs().max()
-    if apart > PROMPTS_APART:
-        basis += f" Prompts are too unlike in length: {apart:.1f} standard deviations apart."
+    if matched.duplicates:
+        basis += f" {matched.duplicates} rows equal others of their group and count once."
+    if matched.shared:
+        basis += f" {matched.shared} rows are in both groups."
+    known = [effect.apart for effect in comparison.effects.values() if effect]
+    for kind, *apart in zip(("Responses", "Prompts"), *known, strict=False):
+        if (most := max(map(abs, apart))) > APART:
+            basis += f" {kind} are too unlike in length: {most:.1f} standard deviations apart."
     return basis
 
 
+def _balance(matched: Matched, of_all: str, of_pairs: str) -> pd.DataFrame:
+    """Geometric means and standardised differences of log tokens, under these names."""
+    sides = zip(matched.units, matched.rows, strict=True)
+    logs = [units.means(rows.logs) for units, rows in sides]
+    # The same spread before and after matching, so that the two can be compared.
+    spread = np.sqrt(sum(side.var(axis=0) for side in logs) / 2)
+    paired = logs[0][matched.pairs[:, 0]], logs[1][matched.pairs[:, 1]]
+    found = []
+    for which, (ours, theirs) in ((of_all, logs), (of_pairs, paired)):
+        for column, kind in enumerate(("target", "prompt")):
+            if len(ours):
+                means = ours[:, column].mean(), theirs[:, column].mean()
+                varies = spread[column] > 1e-9
+                apart = (means[0] - means[1]) / spread[column] if varies else 0.0
+                found.append((which, kind, *np.exp(means), apart))
+    return pd.DataFrame(found, columns=["rows", "tokens", "high", "low", "difference"])
+
+
+def _cut(matched: Matched, sides: Sides) -> int:
+    cut = [
+        units.means(side[["truncated"]].to_numpy(float))[matched.pairs[:, number], 0] > 0
+        for number, (units, side) in enumerate(zip(matched.units, sides, strict=True))
+    ]
+    return int((cut[0] | cut[1]).sum())
+
+
 @dataclasses.dataclass(frozen=True)
-class _Matched:
-    """Pairs of two sides' rows, and the effects among them by statistic and projection."""
+class _View:
+    """Pairs of a run's rows, and the effects among them."""
 
-    lengths: tuple[Lengths, Lengths]
-    pairs: np.ndarray
-    effects: dict[Any, Effect | None]
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """How many each side has."""
-        return len(self.lengths[0].target), len(self.lengths[1].target)
-
-    def balance(self, of_all: str, of_pairs: str) -> pd.DataFrame:
-        """Geometric means and standardised differences of log tokens, under these names."""
-        found = []
-        logs = self.lengths[0].logs, self.lengths[1].logs
-        # The same spread before and after matching, so that the two can be compared.
-        spread = np.sqrt(sum(side.var(axis=0) for side in logs) / 2)
-        paired = logs[0][self.pairs[:, 0]], logs[1][self.pairs[:, 1]]
-        for which, (ours, theirs) in ((of_all, logs), (of_pairs, paired)):
-            for column, kind in enumerate(("target", "prompt")):
-                if len(ours):
-                    means = ours[:, column].mean(), theirs[:, column].mean()
-                    apart = (means[0] - means[1]) / spread[column] if spread[column] else 0.0
-                    found.append((which, kind, *np.exp(means), apart))
-        return pd.DataFrame(found, columns=["rows", "tokens", "high", "low", "difference"])
+    sides: Sides
+    values: pd.DataFrame  # as `example_values`
+    matched: Matched
+    effects: Effects
 
 
-def _match(values: pd.DataFrame, sides: Sides, on: Literal["target", "prompt"]) -> _Matched:
-    high, low = _lengths(sides[0]), _lengths(sides[1])
-    pairs = match(high, low, on)
-    effects = {
-        name: matched_effect(*_both(values[name], sides), high.logs, low.logs, pairs)
-        for name in values.columns
+def _view(run: RunValues, high: str, low: str) -> _View:
+    sides, values = (run.rows(high), run.rows(low)), example_values(run)
+    matched = match(*map(_rows, sides))
+    return _View(sides, values, matched, _effects(matched, values, sides))
+
+
+def _effects(matched: Matched, values: pd.DataFrame, sides: Sides) -> Effects:
+    names = [(str(statistic), str(part)) for statistic, part in values.columns]
+    return {name: matched_effect(matched, *_both(values[name], sides)) for name in names}
+
+
+def _loss_effects(view: _View) -> Effects:
+    """The effects among pairs that are alike in loss as well."""
+    matched = match(*(_rows(side, loss=True) for side in view.sides))
+    return _effects(matched, view.values.drop(columns="loss", level=0), view.sides)
+
+
+def _table(whole: _View, alone: _View | None, deciding: _View) -> list[dict[str, Any]]:
+    """The rows of a comparison's table, without verdicts."""
+    logs = [rows.logs for rows in whole.matched.rows]
+    pairs = {
+        "matched_pairs": len(whole.matched.pairs),
+        "clusters_high": len(deciding.matched.units[0].clusters),
+        "clusters_low": len(deciding.matched.units[1].clusters),
+        "duplicates": deciding.matched.duplicates,
+        "paired": deciding.matched.paired,
     }
-    return _Matched((high, low), pairs, effects)
+    table = []
+    for name, effect in whole.effects.items():
+        ours, theirs = _both(whole.values[name], whole.sides)
+        table.append(
+            {
+                "statistic": name[0],
+                "projection": name[1],
+                **difference(ours, theirs),
+                **pairs,
+                **_shown("matched", effect),
+                **_shown("equal_length", alone.effects.get(name) if alone else None),
+                **_ratio(deciding.effects.get(name)),
+                "rank_effect": _rank_effect(ours, theirs, *logs),
+            }
+        )
+    return table
 
 
-def _match_equal_lengths(run: RunValues, high: str, low: str, equal_length: RunValues) -> _Matched:
+def _require_same_rows(run: RunValues, equal_length: RunValues, groups: tuple[str, str]) -> None:
     if equal_length.target_tokens is None:
         raise GradjaxError(
             f"--equal_length_run={equal_length.directory}: it was not run with --target_tokens=N"
         )
-    if unlike := _unlike(run, equal_length, (high, low)):
+    if unlike := _unlike(run, equal_length, groups):
         raise GradjaxError(
             f"--equal_length_run={equal_length.directory} differs from {run.directory} in "
             f"{', '.join(unlike)}; give a run of the same command with --target_tokens=N"
         )
-    sides = equal_length.rows(high), equal_length.rows(low)
-    return _match(example_values(equal_length), sides, "prompt")
 
 
 def _unlike(run: RunValues, other: RunValues, groups: tuple[str, str]) -> list[str]:
@@ -307,9 +424,16 @@ def _unlike(run: RunValues, other: RunValues, groups: tuple[str, str]) -> list[s
     return unlike
 
 
-def _lengths(rows: pd.DataFrame) -> Lengths:
-    target = rows["num_target_tokens"].to_numpy()
-    return Lengths(target, rows["num_tokens"].to_numpy() - target)
+def _rows(side: pd.DataFrame, *, loss: bool = False) -> Rows:
+    target = side["num_target_tokens"].to_numpy()
+    also = np.log(side[["loss"]].to_numpy(float).clip(_LEAST_LOSS)) if loss else None
+    return Rows(
+        target,
+        side["num_tokens"].to_numpy() - target,
+        side["cluster"].to_numpy(),
+        side["text"].to_numpy(),
+        also,
+    )
 
 
 def _both(column: pd.Series, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
@@ -318,6 +442,13 @@ def _both(column: pd.Series, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
         column.reindex(pd.MultiIndex.from_frame(rows[KEY])).to_numpy(float) for rows in sides
     )
     return high, low
+
+
+def _ratio(effect: Effect | None) -> dict[str, float]:
+    if effect is None:
+        return {}
+    low, high = np.exp(effect.log_interval)
+    return {"ratio": np.exp(effect.log_ratio), "ratio_ci_low": low, "ratio_ci_high": high}
 
 
 def _shown(view: str, effect: Effect | None) -> dict[str, float]:

@@ -1,62 +1,67 @@
-"""Do two groups differ beyond their lengths? Matched pairs, and the rule of a verdict.
+"""Do two groups differ beyond their lengths? The effect in pairs, and the rule of a verdict.
 
 A gradient is a sum over tokens, so its norms and its rank follow the response's length, and groups
-of different quality mostly differ in length too. Rows of both groups are paired on the logarithm
-of their target tokens (of their prompt tokens where all targets are equally many); what length
-difference remains within pairs is taken off by regressing the pairs' log ratios of the statistic
-on the differences of cubics in log target and log prompt tokens (regression after matching: Rubin
-1973, Biometrics 29:185). Statistics are positive and vary in proportion, so they are compared as
-logarithms: in the simulations of `benchmarks.length` this finds effects that differences in units
-miss.
+of different quality mostly differ in length too. Rows of both groups are paired by length
+(`matching`); what difference in length remains within pairs is taken off by regressing the pairs'
+log ratios of the statistic on the differences of polynomials in the logarithms of target, prompt
+and all tokens (regression after matching: Rubin 1973, Biometrics 29:185). Statistics are positive
+and vary in proportion, so they are compared as logarithms: in the simulations of
+`benchmarks.length` this finds effects that differences in units miss.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
 
-CALIPER = 0.2  # in standard deviations of log length within groups (Austin 2011, Pharm Stat 10:150)
-DEGREE = 3  # of the polynomial in log length
+from gradjax.report.matching import BALANCE, CALIPERS, Matched, Rows
+
+DEGREE = 3  # of the polynomials, at the most
+PAIRS_PER_DEGREE = 40  # fewer pairs take a lower one
 LEVEL = 0.01  # of a verdict
-NEGLIGIBLE = 0.5  # "no" excludes effects of more standard deviations, of what length leaves
+FAMILY_LEVEL = 0.05  # of all verdicts of a report together (Holm 1979, Scand J Stat 6:65)
+NEGLIGIBLE = 0.1  # standard deviations of what length leaves, that are of no importance
 FEWEST_PAIRS = 12
-# Standard deviations by which log prompt tokens may differ for a regression to take it off
+# Standard deviations by which pairs may differ in a logarithm for a regression to take it off
 # (Rubin 2001, Health Serv Outcomes Res Methodol 2:169).
-PROMPTS_APART = 0.5
-Verdict = Literal["yes", "no", "undecided"]
-RULE = f"""A statistic separates the groups beyond length ("yes") if its {1 - LEVEL:.0%} interval
-at equal length excludes zero, in either direction; it does not ("no") if that interval lies within
-±{NEGLIGIBLE} standard deviations of what length leaves of the statistic; otherwise it is undecided.
-
-The interval is that of matched pairs: one row of either group, one-to-one, the closest first, at
-most {CALIPER} standard deviations apart in log target tokens. The pairs' log ratios are corrected
-for the length differences within pairs by cubics in log target and in log prompt tokens.
-Fewer than {FEWEST_PAIRS} pairs decide nothing, nor do pairs whose log prompt tokens differ between
-the groups by more than {PROMPTS_APART} standard deviations: no regression makes up for that.
-
-Where fewer than half of the smaller group's rows can be matched and there is a run whose responses
-were cut to their first N target tokens, that run decides, its rows paired by log prompt tokens
-instead: it has no difference in response length, and asks a slightly different question, since only
-the first N tokens of each response count.
-
-Length and loss alone and the rank regression are shown for description and decide nothing.
-Effective rank over its bound min(T, m, n), which itself depends on length, has a row of its own and
-no part in the sentence."""
+APART = 0.5
+_ROUNDING = 1e-9  # of a logarithm of a ratio
+Verdict = Literal["yes", "negligible", "no", "undecided"]
+ENOUGH = 0.5  # share of units matched from which matched pairs decide
 
 
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """Tokens of each row of one side."""
+def rule(negligible: float = NEGLIGIBLE) -> str:
+    """The rule in words, with its constants."""
+    return f"""The size of a difference at equal length is the ratio of geometric means, high
+over low, with its {1 - LEVEL:.0%} interval. The answer is "yes" if the interval excludes 1,
+larger or smaller; "yes, but negligible" if it does, and lies within ±{negligible:g} standard
+deviations of what length leaves of the statistic (bounds chosen in advance: --negligible); "no"
+if it includes 1 and lies within these bounds; otherwise undecided. A "yes" also has to hold at
+{FAMILY_LEVEL:.0%} for all verdicts of the report together (Holm's adjustment over nuclear norm
+and effective rank of all comparisons).
 
-    target: Int[np.ndarray, " n"]
-    prompt: Int[np.ndarray, " n"]
+Rows of one prompt count together, as their mean, and rows of equal text once. Prompts that both
+sides have are paired with themselves; the other ones with the nearest one of the other side,
+one-to-one, at most {CALIPERS[0]:g} standard deviations apart in log target tokens and
+{CALIPERS[1]:g} in log prompt tokens. As many pairs are kept, the most alike ones first, as keep
+the means of either within {BALANCE:g} standard deviations. The pairs' log ratios are corrected
+for the length differences within pairs by polynomials in the logarithms of target, prompt and
+all tokens, of degree {DEGREE} from {DEGREE * PAIRS_PER_DEGREE} pairs on. Errors allow for
+unequal variances (HC3). Fewer than {FEWEST_PAIRS} pairs decide nothing, nor do pairs that
+differ by more than {APART:g} standard deviations on average.
 
-    @property
-    def logs(self) -> Float[np.ndarray, "n 2"]:
-        """Logarithms of target tokens and of prompt tokens (plus one: a prompt may be empty)."""
-        return np.column_stack([np.log(self.target), np.log1p(self.prompt)])
+Where fewer than half of the smaller group's prompts can be matched and there is a run whose
+responses were cut to their first N target tokens, that run decides: it has no difference in
+response length, and asks a slightly different question, since only the first N tokens of each
+response count.
+
+Beyond loss asks the same of pairs that are also alike in loss, with its logarithm in the
+regression: whether the statistic adds to what the loss says. Length and loss alone and the rank
+regression are shown for description and decide nothing. Effective rank over its bound min(T, m,
+n), which itself depends on length, has a row of its own and no part in the sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,9 @@ class Effect:
     gap: float  # what the factor makes of a typical row of low, in the statistic's units
     gap_error: float  # its standard error, the typical row's included (delta method)
     degrees_of_freedom: float  # of their Student's t
+    pairs: int
     spread: float  # standard deviation of a row's log statistic at a given length
-    prompts_apart: float  # standard deviations between the groups' log prompt tokens
+    apart: tuple[float, ...]  # standard deviations between the pairs' sides, of each logarithm
 
     def interval(self, level: float) -> tuple[float, float]:
         """The interval of `gap` that leaves out the truth with probability `level`."""
@@ -77,96 +83,145 @@ class Effect:
         return self.gap - half, self.gap + half
 
     @property
-    def verdict(self) -> Verdict:
-        """Whether there is an effect, at `LEVEL`; "no" if none of any size that matters."""
-        if abs(self.prompts_apart) > PROMPTS_APART:
-            return "undecided"
+    def log_interval(self) -> tuple[float, float]:
+        """That of `log_ratio`, at `LEVEL`."""
         half = self.error * self._quantile(LEVEL)
-        low, high = self.log_ratio - half, self.log_ratio + half
-        if low > 0 or high < 0:
-            return "yes"
-        most = NEGLIGIBLE * self.spread
-        return "no" if -most < low and high < most else "undecided"
+        return self.log_ratio - half, self.log_ratio + half
+
+    @property
+    def p(self) -> float:
+        """Of the null hypothesis that `log_ratio` is zero; NaN where the pairs say nothing."""
+        if not self.balanced:
+            return math.nan
+        if self.error == 0:
+            return float(abs(self.log_ratio) <= _ROUNDING)
+        return float(2 * stats.t.sf(abs(self.log_ratio) / self.error, self.degrees_of_freedom))
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the pairs are enough alike for a regression to take the rest off."""
+        return max(map(abs, self.apart)) <= APART
+
+    def verdict(self, negligible: float = NEGLIGIBLE, p_adjusted: float = 0.0) -> Verdict:
+        """Whether there is an effect, and one that matters.
+
+        Args:
+          negligible: standard deviations of what length leaves.
+          p_adjusted: for all verdicts of the report.
+        """
+        if not self.balanced:
+            return "undecided"
+        low, high = self.log_interval
+        most = max(negligible * self.spread, _ROUNDING)
+        equal = -most <= low and high <= most
+        if low > _ROUNDING or high < -_ROUNDING:
+            if p_adjusted > FAMILY_LEVEL:
+                return "undecided"
+            return "negligible" if equal else "yes"
+        return "no" if equal else "undecided"
+
+    def pairs_to_decide(self, negligible: float = NEGLIGIBLE) -> int:
+        """How many such pairs would, if the ratio stayed what it is; two digits."""
+        half = self.error * self._quantile(LEVEL)
+        size = abs(self.log_ratio)
+        needed = max(size, negligible * self.spread - size, _ROUNDING)
+        pairs = self.pairs * (half / needed) ** 2
+        digits = 10 ** max(math.floor(math.log10(max(pairs, 1))) - 1, 0)
+        return math.ceil(pairs / digits) * digits
 
     def _quantile(self, level: float) -> float:
         return float(stats.t.ppf(1 - level / 2, self.degrees_of_freedom))
 
 
-def match(
-    high: Lengths, low: Lengths, on: Literal["target", "prompt"] = "target"
-) -> Int[np.ndarray, "pairs 2"]:
-    """One-to-one pairs (row of high, row of low) within `CALIPER` in the logarithm of `on` tokens.
-
-    The closest pair is taken first, of equally close ones the one closest in the other tokens.
-    """
-    order = [0, 1] if on == "target" else [1, 0]
-    highs, lows = high.logs[:, order], low.logs[:, order]
-    if min(len(highs), len(lows)) < 2:
-        return np.zeros((0, 2), np.int64)
-    spread = np.sqrt((highs[:, 0].var(ddof=1) + lows[:, 0].var(ddof=1)) / 2)
-    caliper = CALIPER * spread
-    by_length = np.argsort(lows[:, 0], kind="stable")
-    lengths = lows[by_length, 0]
-    first = np.searchsorted(lengths, highs[:, 0] - caliper, "left")
-    counts = np.searchsorted(lengths, highs[:, 0] + caliper, "right") - first
-    left = np.repeat(np.arange(len(highs)), counts)
-    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    right = by_length[np.repeat(first, counts) + offsets]
-    apart = np.abs(highs[left] - lows[right])
-    free_high, free_low = [True] * len(highs), [True] * len(lows)
-    pairs = []
-    closest_first = np.lexsort((apart[:, 1], apart[:, 0]))
-    for i, j in zip(left[closest_first].tolist(), right[closest_first].tolist(), strict=True):
-        if free_high[i] and free_low[j]:
-            free_high[i] = free_low[j] = False
-            pairs.append((i, j))
-    return np.array(pairs, np.int64).reshape(-1, 2)
-
-
 def matched_effect(
-    high: Float[np.ndarray, " n"],
-    low: Float[np.ndarray, " m"],
-    logs_high: Float[np.ndarray, "n 2"],
-    logs_low: Float[np.ndarray, "m 2"],
-    pairs: Int[np.ndarray, "pairs 2"],
+    matched: Matched, high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]
 ) -> Effect | None:
     """The mean log ratio of matched pairs, corrected for what their lengths still differ by.
 
     The constant of a least-squares fit, with an error that allows for unequal variances (HC3);
     None where the pairs are too few for it. Rows without a positive value are left out.
     """
-    import statsmodels.api as sm  # here: gradjax.select, which reads CALIPER, does without
+    sides = list(zip(matched.rows, matched.units, (high, low), strict=True))
+    known = [values > 0 for _, _, values in sides]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        outcomes = [np.log(values) for _, _, values in sides]
+    logs = [_all_logs(rows) for rows, _, _ in sides]
+    counted = [units.rows[k[units.rows]] for (_, units, _), k in zip(sides, known, strict=True)]
+    whole = np.concatenate([x[rows] for x, rows in zip(logs, counted, strict=True)])
+    if not len(whole):
+        return None
+    center, scale = whole.mean(axis=0), whole.std(axis=0)
+    standard = [(x - center) / np.where(scale > 0, scale, 1) for x in logs]
+    means = [
+        units.means(np.column_stack([outcome, _powers(x, DEGREE), x]), k)
+        for (_, units, _), outcome, x, k in zip(sides, outcomes, standard, known, strict=True)
+    ]
+    pairs = matched.pairs
+    ours, theirs = means[0][pairs[:, 0]], means[1][pairs[:, 1]]
+    usable = np.isfinite(ours[:, 0]) & np.isfinite(theirs[:, 0])
+    spread = _spread(outcomes, standard, counted)
+    return _fitted(ours[usable], theirs[usable], logs[0].shape[1], spread)
 
-    i, j = pairs.T
-    usable = (high[i] > 0) & (low[j] > 0)
-    i, j = i[usable], j[usable]
-    n = len(i)
+
+def _fitted(
+    ours: Float[np.ndarray, "pairs f"],
+    theirs: Float[np.ndarray, "pairs f"],
+    columns: int,
+    spread: float,
+) -> Effect | None:
+    """The effect from the pairs' log statistic, powers of `columns` logarithms, and these."""
+    n = len(ours)
     if n < FEWEST_PAIRS:
         return None
-    columns = np.column_stack([_powers(x) for x in np.concatenate([logs_high[i], logs_low[j]]).T])
-    inputs = np.column_stack([np.ones(n), _independent(columns[:n] - columns[n:])])
+    degree = min(DEGREE, max(n // PAIRS_PER_DEGREE, 1))
+    apart = (ours - theirs)[:, 1 : 1 + degree * columns]
+    inputs = np.column_stack([np.ones(n), _independent(apart)])
     if np.linalg.matrix_rank(inputs) < inputs.shape[1] or n <= inputs.shape[1]:
         return None  # lengths alone tell the groups apart
-    ours, theirs = np.log(high[i]), np.log(low[j])
-    fit = sm.OLS(ours - theirs, inputs).fit()
-    leverage = fit.get_influence().hat_matrix_diag
+    inverse = np.linalg.pinv(inputs)
+    leverage = np.einsum("nk,kn->n", inputs, inverse)
     shared = leverage < 1 - 1e-8
     if not shared.all():  # a pair that alone decides a coefficient says nothing of the groups
-        rest = np.column_stack([i, j])[shared]
-        return matched_effect(high, low, logs_high, logs_low, rest)
-    ratio, typical = float(fit.params[0]), float(np.exp(theirs.mean()))
+        return _fitted(ours[shared], theirs[shared], columns, spread)
+    ratios = ours[:, 0] - theirs[:, 0]
+    fitted = inverse @ ratios
+    ratio, typical = float(fitted[0]), float(np.exp(theirs[:, 0].mean()))
     # What each pair moves the estimates by: their squares add up to the variances (HC3).
-    moves = fit.model.pinv_wexog[0] * fit.resid / (1 - leverage)
-    gap_moves = np.exp(ratio) * moves + np.expm1(ratio) * (theirs - theirs.mean()) / n
+    moves = inverse[0] * (ratios - inputs @ fitted) / (1 - leverage)
+    typical_moves = (theirs[:, 0] - theirs[:, 0].mean()) / n
+    gap_moves = np.exp(ratio) * moves + np.expm1(ratio) * typical_moves
+    lengths = range(ours.shape[1] - columns, ours.shape[1] - 1)  # all tokens are of both
     return Effect(
         log_ratio=ratio,
         error=float(np.linalg.norm(moves)),
         gap=typical * float(np.expm1(ratio)),
         gap_error=typical * float(np.linalg.norm(gap_moves)),
-        degrees_of_freedom=float(fit.df_resid),
-        spread=float(np.sqrt(fit.ssr / fit.df_resid / 2)),  # a pair has the variance of two rows
-        prompts_apart=standard_difference(logs_high[i, 1], logs_low[j, 1]),
+        degrees_of_freedom=float(n - inputs.shape[1]),
+        pairs=n,
+        spread=spread,
+        apart=tuple(standard_difference(ours[:, c], theirs[:, c]) for c in lengths),
     )
+
+
+def _all_logs(rows: Rows) -> Float[np.ndarray, "n c"]:
+    """The logarithms that rows are matched on, and that of all tokens."""
+    return np.column_stack([rows.logs, np.log(rows.target + rows.prompt)])
+
+
+def _spread(
+    outcomes: list[Float[np.ndarray, " n"]],
+    standard: list[Float[np.ndarray, "n c"]],
+    counted: list[np.ndarray],
+) -> float:
+    """Standard deviation of rows' log statistic within groups, given their lengths."""
+    pairs = list(zip(outcomes, standard, counted, strict=True))
+    outcome = np.concatenate([values[rows] for values, _, rows in pairs])
+    powers = np.concatenate([_powers(x[rows], DEGREE) for _, x, rows in pairs])
+    group = np.repeat([0.0, 1.0], [len(rows) for rows in counted])
+    inputs = np.column_stack([np.ones(len(group)), group, powers])
+    fitted, _, rank, _ = np.linalg.lstsq(inputs, outcome)
+    rest = outcome - inputs @ fitted
+    return float(np.sqrt(rest @ rest / max(len(rest) - rank, 1)))
 
 
 def standard_difference(high: Float[np.ndarray, " n"], low: Float[np.ndarray, " m"]) -> float:
@@ -178,11 +233,9 @@ def standard_difference(high: Float[np.ndarray, " n"], low: Float[np.ndarray, " 
     return apart / spread
 
 
-def _powers(logs: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n k"]:
-    """Powers 1 to `DEGREE` of standardised logarithms."""
-    spread = logs.std()
-    standard = (logs - logs.mean()) / (spread if spread > 0 else 1)
-    return standard[:, None] ** np.arange(1, DEGREE + 1)
+def _powers(standard: Float[np.ndarray, "n c"], degree: int) -> Float[np.ndarray, "n k"]:
+    """All columns to the first power, then to the second, up to `degree`."""
+    return np.column_stack([standard**power for power in range(1, degree + 1)])
 
 
 def _independent(columns: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n r"]:

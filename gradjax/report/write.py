@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from gradjax.config import as_directory
 from gradjax.errors import GradjaxError
 from gradjax.report import figures, tables
-from gradjax.report.compare import COLUMNS, Comparison, adjusted, compare, sentence
-from gradjax.report.length import RULE
+from gradjax.report.clusters import with_clusters
+from gradjax.report.compare import COLUMNS, Comparison, adjusted, compare, sentence, settled
+from gradjax.report.length import NEGLIGIBLE, rule
 from gradjax.report.page import FigureImage, Page, Table, write_page
 from gradjax.report.published import SOURCE, beside, published
 from gradjax.storage.results import ALL, KEY, RunValues, example_values, read_values
@@ -35,6 +36,9 @@ class ReportConfig:
     by: str = "projection"
     layers: str = "all"
     published: str | None = None
+    pair_by: str | None = None
+    cluster_by: str | None = None
+    negligible: float = NEGLIGIBLE
 
     def __post_init__(self):
         if self.equal_length_runs and len(self.equal_length_runs) != len(self.runs):
@@ -46,6 +50,10 @@ class ReportConfig:
             raise GradjaxError(
                 f"--published={self.published}: expected one --compare=HIGH:LOW, the groups that "
                 "the paper compares, and --by=projection"
+            )
+        if not self.negligible >= 0:
+            raise GradjaxError(
+                f"--negligible={self.negligible}: expected standard deviations, at least 0"
             )
         if repeated := [run for run in self.runs if self.runs.count(run) > 1]:
             raise GradjaxError(f"--run={repeated[0]} is given twice; expected different runs")
@@ -70,16 +78,18 @@ def write_report(config: ReportConfig) -> Written:
       GradjaxError: if a run is missing, unfinished or of one group, or a group of it is unknown
         or has no `ok` row.
     """
-    runs = _named_apart([read_values(as_directory(run), config.layers) for run in config.runs])
-    equal = [read_values(as_directory(run), config.layers) for run in config.equal_length_runs]
+    runs = _named_apart([_read(run, config) for run in config.runs])
+    equal = [_read(run, config) for run in config.equal_length_runs]
     directory = _output_directory(config, runs[0])
     pairs = chosen_pairs(runs[0], config.compare)
     logging.info("Comparing %d groups", len({group for pair in pairs for group in pair}))
-    comparisons = [
-        compare(run, high, low, alone)
-        for run, alone in zip(runs, equal or [None] * len(runs), strict=True)
-        for high, low in pairs
-    ]
+    comparisons = settled(
+        [
+            compare(run, high, low, alone, config.negligible)
+            for run, alone in zip(runs, equal or [None] * len(runs), strict=True)
+            for high, low in pairs
+        ]
+    )
     verdicts = tuple(
         f"{one.model}: {sentence(one)}" if len(runs) > 1 else sentence(one) for one in comparisons
     )
@@ -96,8 +106,15 @@ def write_report(config: ReportConfig) -> Written:
         raise GradjaxError(
             f"{directory} cannot be written ({error.strerror}); give an --output_dir that can"
         ) from error
-    write_page(directory / "report.html", _page(runs[0], verdicts, shown, drawn))
+    write_page(
+        directory / "report.html", _page(runs[0], verdicts, rule(config.negligible), shown, drawn)
+    )
     return Written(directory, verdicts)
+
+
+def _read(run: str, config: ReportConfig) -> RunValues:
+    values = read_values(as_directory(run), config.layers)
+    return with_clusters(values, config.pair_by, config.cluster_by)
 
 
 def chosen_pairs(run: RunValues, given: Sequence[str]) -> list[tuple[str, str]]:
@@ -175,32 +192,37 @@ def _rows_by_status(directory: Path, runs: Sequence[RunValues]) -> Table:
 
 _LENGTH_NOTE = """AUROC of response length alone and of loss alone (0.5: no difference), the share
 of the smaller group's rows that could be matched on length, and what the verdict rests on."""
-_STATISTICS_NOTE = """Gap: high − low of the means over examples, with a bootstrap 95 % interval. p:
-Mann–Whitney, adjusted over the whole report (Benjamini–Hochberg). Matched gap: at equal length,
-with its 95 % interval; likewise of the equal-length run. Rank effect: percentiles by which high
-ranks above low in a regression on log lengths."""
+_STATISTICS_NOTE = """Beyond length: by the rule. Ratio: high over low, of geometric means at equal
+length, with the 99 % interval that decides. Beyond loss: the same at equal loss, too. Gap: high −
+low of the means over examples, with a bootstrap 95 % interval. p: Mann–Whitney, adjusted over the
+whole report (Benjamini–Hochberg). Matched gap: at equal length, with its 95 % interval; likewise of
+the equal-length run. Rank effect: percentiles by which high ranks above low in a regression on log
+lengths."""
 _BALANCE_NOTE = """Geometric means of tokens, and the difference of mean logarithms in standard
 deviations, before and after matching."""
 _SHOWN = [
-    *("statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap", "ci_low"),
+    *("statistic", "projection", "beyond_length", "ratio", "ratio_ci_low", "ratio_ci_high"),
+    *("beyond_loss", "n_high", "n_low", "mean_high", "mean_low", "gap", "ci_low"),
     *("ci_high", "auroc", "auroc_low", "auroc_high", "cliffs_delta", "p_adjusted", "matched_gap"),
     *("matched_ci_low", "matched_ci_high", "equal_length_gap", "equal_length_ci_low"),
-    *("equal_length_ci_high", "rank_effect", "beyond_length"),
+    *("equal_length_ci_high", "rank_effect"),
 ]
 
 
 def _control(comparison: Comparison) -> dict[str, object]:
+    alone = comparison.equal_matched
+    rows = [len(side.target) for side in alone.rows] if alone else [0, 0]
     return {
         "model": comparison.model,
         "comparison": comparison.name,
         "length_auroc": comparison.length_auroc,
         "loss_auroc": comparison.loss_auroc,
-        "matched_pairs": comparison.pairs,
-        "matched_share": comparison.matched_share,
+        "matched_pairs": len(comparison.matched.pairs),
+        "matched_share": comparison.matched.share,
         "equal_length": comparison.equal_length,
-        "equal_length_n_high": comparison.equal_length_rows[0],
-        "equal_length_n_low": comparison.equal_length_rows[1],
-        "equal_length_pairs": comparison.equal_length_pairs,
+        "equal_length_n_high": rows[0],
+        "equal_length_n_low": rows[1],
+        "equal_length_pairs": len(alone.pairs) if alone else 0,
         "pairs_cut": comparison.cut,
         "decided_by": comparison.primary,
     }
@@ -281,6 +303,7 @@ def _drawings(
 def _page(
     run: RunValues,
     verdicts: Sequence[str],
+    the_rule: str,
     shown: Sequence[Table],
     drawn: Sequence[FigureImage],
 ) -> Page:
@@ -298,7 +321,7 @@ def _page(
     return Page(
         title=f"gradjax report: {run.name}",
         verdicts=verdicts,
-        rule=RULE,
+        rule=the_rule,
         tables=shown,
         figures=drawn,
         examples=examples,

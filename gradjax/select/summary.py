@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradjax.report.length import CALIPER
+from gradjax.report.matching import CALIPERS
 from gradjax.report.ranks import auroc
 from gradjax.select.choose import HIGH, LOW, Choice, ascend, rank_values
 from gradjax.select.rule import MATCHING, Rule, Term
@@ -106,7 +106,7 @@ def unlike_pairs(scored: Scored, choice: Choice) -> int:
     """How many low rows are too unlike in length to their high one, as `gradjax report` sees it."""
     high, low = (np.log(_lengths(scored, choice.parts[part])) for part in (HIGH, LOW))
     spread = np.sqrt((high.var() + low.var()) / 2)
-    return int((np.abs(high - low) > CALIPER * spread).sum())
+    return int((np.abs(high - low) > CALIPERS[0] * spread).sum())
 
 
 def format_summary(summary: dict[str, Any], by: str) -> str:
@@ -137,7 +137,7 @@ def format_summary(summary: dict[str, Any], by: str) -> str:
     if summary["unlike_pairs"] is not None:
         said.append(
             f"Matched on length: {' '.join(MATCHING.split())}. In {summary['unlike_pairs']} pairs "
-            f"the lengths are over {CALIPER} standard deviations of their logarithms apart."
+            f"the lengths are over {CALIPERS[0]} standard deviations of their logarithms apart."
         )
     return "\n\n".join(said)
 

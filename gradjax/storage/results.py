@@ -24,8 +24,8 @@ KEY = ["group", "example_id"]
 class RunValues:
     """One run's numbers, of the layers asked for.
 
-    `examples` has one row per input row, without texts. The others are of `ok` examples, and of
-    the statistics nuclear_norm, effective_rank and normalized_effective_rank, which is
+    `examples` has one row per input row, with hashes of its texts. The others are of `ok` examples,
+    and of the statistics nuclear_norm, effective_rank and normalized_effective_rank, which is
     R / min(T, m, n) of a gradient m × n of T tokens. What has no number is left out of a mean.
     """
 
@@ -82,10 +82,27 @@ def read_values(directory: str | Path, layers: str = "all") -> RunValues:
     manifest, chosen = require_finished(directory, layers)
     columns = ["group", "example_id", "status", "reason", "num_tokens", "num_target_tokens"]
     examples = read_table(directory, "examples", [*columns, "truncated", "loss"]).to_pandas()
+    examples = examples.merge(_hashes(directory), on=KEY, validate="1:1")
     by_example, by_layer = summed_up(read_matrices(directory, chosen))
     name = manifest["model"]["name"]
     cosines = _mean_cosines(directory, chosen)
     return RunValues(directory, name, manifest, chosen, examples, by_example, by_layer, cosines)
+
+
+def _hashes(directory: str | Path) -> pd.DataFrame:
+    """`cluster` and `text` of each row, uint64, over `KEY`: equal where the prompts, the rows are.
+
+    They are hashes; a row without a prompt is of no cluster but its own.
+    """
+    parts = []
+    for (shard,) in read_shards(directory, {"examples": [*KEY, "instruction", "output"]}):
+        rows = shard.to_pandas()
+        prompts = rows["instruction"].to_numpy(object)
+        whole = (rows["instruction"] + "\0" + rows["output"]).to_numpy(object)
+        of_prompt, of_whole = (pd.util.hash_array(x, categorize=False) for x in (prompts, whole))
+        hashes = {"cluster": np.where(prompts == "", of_whole, of_prompt), "text": of_whole}
+        parts.append(rows[KEY].assign(**hashes))
+    return pd.concat(parts) if parts else pd.DataFrame(columns=[*KEY, "cluster", "text"])
 
 
 def read_matrices(
