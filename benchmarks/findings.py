@@ -21,6 +21,7 @@ from gradjax.report.length import standard_difference
 from gradjax.report.matching import Rows, match
 from gradjax.report.published import published_table
 from gradjax.score.judge import parse_difficulty, parse_tags
+from gradjax.storage.results import text_hashes
 
 METRICS = {"difficulty": "diff", "instag": "instag", "reward": "reward", "ifd_gpt2": "ifd_gpt2"}
 PAIRS = {f"wizardlm {m}": (f"wizardlm/{m}_high", f"wizardlm/{m}_low") for m in METRICS} | {
@@ -121,12 +122,9 @@ def pairs(directory: Path) -> pd.DataFrame:
                 [len(tokenizer(text, verbose=False).input_ids) for text in rows[column]]
                 for column in ("output", "instruction")
             ]
-            whole = rows["instruction"] + "\0" + rows["output"]
-            prompts, texts = (
-                pd.util.hash_array(column.to_numpy(object))
-                for column in (rows["instruction"], whole)
-            )
-            sides.append(Rows(np.array(counts[0]), np.array(counts[1]), prompts, texts))
+            hashes = text_hashes(rows["instruction"], rows["output"])
+            columns = (hashes[name].to_numpy() for name in ("cluster", "text"))
+            sides.append(Rows(np.array(counts[0]), np.array(counts[1]), *columns))
         matched = match(sides[0], sides[1])
         high, low = (
             units.means(rows.logs)[matched.pairs[:, i], 1]

@@ -10,6 +10,7 @@ import pandas as pd
 
 from gradjax.checkpoints.pretrained import Model, load_model
 from gradjax.config import (
+    NEGLIGIBLE,
     TEXT_SETTINGS,
     Reading,
     SpectraConfig,
@@ -121,7 +122,7 @@ class Run:
         layers: str = "all",
         pair_by: str | None = None,
         cluster_by: str | None = None,
-        negligible: float = 0.1,
+        negligible: float = NEGLIGIBLE,
     ) -> pd.DataFrame:
         """Two groups' statistics, their gaps, and whether they differ beyond length.
 

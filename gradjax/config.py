@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from gradjax.errors import GradjaxError, did_you_mean
 from gradjax.structs import ATTENTION, PROJECTIONS, Projection
 
+# Standard deviations, of what length leaves of a statistic, that are of no importance.
+NEGLIGIBLE = 0.1
+
 PromptFormat = Literal["plain", "chat"]
 Truncation = Literal["right", "drop", "error"]
 Dtype = Literal["float32", "bfloat16"]

@@ -21,11 +21,11 @@ from benchmarks.length import (
     share_of_yes,
     side,
 )
+from gradjax.config import NEGLIGIBLE
 from gradjax.report.length import (
     APART,
     FEWEST_PAIRS,
     LEVEL,
-    NEGLIGIBLE,
     PAIRS_PER_DEGREE,
     Effect,
     matched_effect,

@@ -3,6 +3,7 @@
 from absl import flags
 
 from gradjax.cli.command import Command
+from gradjax.config import NEGLIGIBLE
 
 FLAGS = flags.FlagValues()
 RUN = "a run's directory or URL, repeatable: further ones are shown beside the first"
@@ -15,7 +16,7 @@ PAIR_BY = """column of the data that says which rows of the groups are pairs (de
 prompt)"""
 CLUSTER_BY = """column of the data that says which rows count together (default: those of one
 prompt)"""
-NEGLIGIBLE = "standard deviations, of what length leaves, that are of no importance"
+NO_MATTER = "standard deviations, of what length leaves, that are of no importance"
 OUTPUT_DIR = "where to write (default: report/ in the first run)"
 LAYERS = "all, or numbers and ranges from 0, as in 0-5,8"
 GROUPS = {
@@ -29,7 +30,7 @@ GROUPS = {
         flags.DEFINE_enum("by", "projection", ["projection", "layer", "example"], BY, FLAGS),
         flags.DEFINE_string("pair_by", None, PAIR_BY, FLAGS),
         flags.DEFINE_string("cluster_by", None, CLUSTER_BY, FLAGS),
-        flags.DEFINE_float("negligible", 0.1, NEGLIGIBLE, flag_values=FLAGS),
+        flags.DEFINE_float("negligible", NEGLIGIBLE, NO_MATTER, flag_values=FLAGS),
         flags.DEFINE_string("published", None, PUBLISHED, FLAGS),
     ],
     "Output": [flags.DEFINE_string("output_dir", None, OUTPUT_DIR, FLAGS)],

@@ -15,16 +15,16 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.nonparametric import rank_compare_2indep
 
+from gradjax.config import NEGLIGIBLE
 from gradjax.errors import GradjaxError
 from gradjax.report.length import (
     APART,
     ENOUGH,
     FEWEST_PAIRS,
-    NEGLIGIBLE,
     Effect,
     matched_effect,
 )
-from gradjax.report.matching import Matched, Rows, match
+from gradjax.report.matching import ROUNDING, Matched, Rows, match
 from gradjax.report.ranks import auroc
 from gradjax.storage.results import ALL, KEY, RunValues, example_values
 
@@ -105,12 +105,12 @@ def compare(
     Raises:
       GradjaxError: if a group is missing or has no `ok` row.
     """
-    whole = _view(run, high, low)
+    whole = _compared(run, high, low)
     equal_length = run if run.target_tokens else equal_length
     alone = None
     if equal_length:
         _require_same_rows(run, equal_length, (high, low))
-        alone = _view(equal_length, high, low)
+        alone = _compared(equal_length, high, low)
     primary: View = "matched" if len(whole.matched.pairs) >= FEWEST_PAIRS else "none"
     if alone and (whole.matched.share < ENOUGH or equal_length is run):
         primary = "equal_length"
@@ -329,7 +329,7 @@ def _balance(matched: Matched, of_all: str, of_pairs: str) -> pd.DataFrame:
         for column, kind in enumerate(("target", "prompt")):
             if len(ours):
                 means = ours[:, column].mean(), theirs[:, column].mean()
-                varies = spread[column] > 1e-9
+                varies = spread[column] > ROUNDING
                 apart = (means[0] - means[1]) / spread[column] if varies else 0.0
                 found.append((which, kind, *np.exp(means), apart))
     return pd.DataFrame(found, columns=["rows", "tokens", "high", "low", "difference"])
@@ -344,7 +344,7 @@ def _cut(matched: Matched, sides: Sides) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _View:
+class _Compared:
     """Pairs of a run's rows, and the effects among them."""
 
     sides: Sides
@@ -353,10 +353,10 @@ class _View:
     effects: Effects
 
 
-def _view(run: RunValues, high: str, low: str) -> _View:
+def _compared(run: RunValues, high: str, low: str) -> _Compared:
     sides, values = (run.rows(high), run.rows(low)), example_values(run)
     matched = match(*map(_rows, sides))
-    return _View(sides, values, matched, _effects(matched, values, sides))
+    return _Compared(sides, values, matched, _effects(matched, values, sides))
 
 
 def _effects(matched: Matched, values: pd.DataFrame, sides: Sides) -> Effects:
@@ -364,13 +364,13 @@ def _effects(matched: Matched, values: pd.DataFrame, sides: Sides) -> Effects:
     return {name: matched_effect(matched, *_both(values[name], sides)) for name in names}
 
 
-def _loss_effects(view: _View) -> Effects:
+def _loss_effects(of: _Compared) -> Effects:
     """The effects among pairs that are alike in loss as well."""
-    matched = match(*(_rows(side, loss=True) for side in view.sides))
-    return _effects(matched, view.values.drop(columns="loss", level=0), view.sides)
+    matched = match(*(_rows(side, loss=True) for side in of.sides))
+    return _effects(matched, of.values.drop(columns="loss", level=0), of.sides)
 
 
-def _table(whole: _View, alone: _View | None, deciding: _View) -> list[dict[str, Any]]:
+def _table(whole: _Compared, alone: _Compared | None, deciding: _Compared) -> list[dict[str, Any]]:
     """The rows of a comparison's table, without verdicts."""
     logs = [rows.logs for rows in whole.matched.rows]
     pairs = {

@@ -17,18 +17,17 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from gradjax.report.matching import BALANCE, CALIPERS, Matched, Rows
+from gradjax.config import NEGLIGIBLE
+from gradjax.report.matching import BALANCE, CALIPERS, ROUNDING, Matched, Rows
 
 DEGREE = 3  # of the polynomials, at the most
 PAIRS_PER_DEGREE = 40  # fewer pairs take a lower one
 LEVEL = 0.01  # of a verdict
 FAMILY_LEVEL = 0.05  # of all verdicts of a report together (Holm 1979, Scand J Stat 6:65)
-NEGLIGIBLE = 0.1  # standard deviations of what length leaves, that are of no importance
 FEWEST_PAIRS = 12
 # Standard deviations by which pairs may differ in a logarithm for a regression to take it off
 # (Rubin 2001, Health Serv Outcomes Res Methodol 2:169).
 APART = 0.5
-_ROUNDING = 1e-9  # of a logarithm of a ratio
 Verdict = Literal["yes", "negligible", "no", "undecided"]
 ENOUGH = 0.5  # share of units matched from which matched pairs decide
 
@@ -53,7 +52,7 @@ all tokens, of degree {DEGREE} from {DEGREE * PAIRS_PER_DEGREE} pairs on. Errors
 unequal variances (HC3). Fewer than {FEWEST_PAIRS} pairs decide nothing, nor do pairs that
 differ by more than {APART:g} standard deviations on average.
 
-Where fewer than half of the smaller group's prompts can be matched and there is a run whose
+Where fewer than {ENOUGH:.0%} of the smaller group's prompts can be matched and there is a run whose
 responses were cut to their first N target tokens, that run decides: it has no difference in
 response length, and asks a slightly different question, since only the first N tokens of each
 response count.
@@ -94,7 +93,7 @@ class Effect:
         if not self.balanced:
             return math.nan
         if self.error == 0:
-            return float(abs(self.log_ratio) <= _ROUNDING)
+            return float(abs(self.log_ratio) <= ROUNDING)
         return float(2 * stats.t.sf(abs(self.log_ratio) / self.error, self.degrees_of_freedom))
 
     @property
@@ -112,9 +111,9 @@ class Effect:
         if not self.balanced:
             return "undecided"
         low, high = self.log_interval
-        most = max(negligible * self.spread, _ROUNDING)
+        most = max(negligible * self.spread, ROUNDING)
         equal = -most <= low and high <= most
-        if low > _ROUNDING or high < -_ROUNDING:
+        if low > ROUNDING or high < -ROUNDING:
             if p_adjusted > FAMILY_LEVEL:
                 return "undecided"
             return "negligible" if equal else "yes"
@@ -124,7 +123,7 @@ class Effect:
         """How many such pairs would, if the ratio stayed what it is; two digits."""
         half = self.error * self._quantile(LEVEL)
         size = abs(self.log_ratio)
-        needed = max(size, negligible * self.spread - size, _ROUNDING)
+        needed = max(size, negligible * self.spread - size, ROUNDING)
         pairs = self.pairs * (half / needed) ** 2
         digits = 10 ** max(math.floor(math.log10(max(pairs, 1))) - 1, 0)
         return math.ceil(pairs / digits) * digits

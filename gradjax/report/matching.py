@@ -22,7 +22,7 @@ CALIPERS = (0.25, 1.0)
 BALANCE = 0.2
 # Units within a fiftieth of the caliper are equally far from all others.
 _GRID = 0.02
-_EQUAL = 1e-9  # logarithms that differ by less do so by rounding
+ROUNDING = 1e-9  # logarithms that differ by less do so by rounding
 _NEAREST = 16  # neighbours that are looked at first
 _CANDIDATES = 100_000  # pairs that are weighed at a time
 
@@ -107,7 +107,7 @@ def match(high: Rows, low: Rows) -> Matched:
     same = _balanced(np.column_stack(common), means, spread)
     rest = [np.setdiff1d(np.arange(len(m)), own) for m, own in zip(means, common, strict=True)]
     calipers = np.array([CALIPERS[min(i, 1)] for i in range(len(spread))])
-    scale = calipers * np.maximum(spread, _EQUAL)
+    scale = calipers * np.maximum(spread, ROUNDING)
     found = nearest_pairs(means[0][rest[0]] / scale, means[1][rest[1]] / scale)
     near = np.column_stack([rest[0][found[:, 0]], rest[1][found[:, 1]]])
     pairs = np.concatenate([same, _balanced(near, means, spread)])
@@ -132,7 +132,7 @@ def _balanced(
         apart = means[0][pairs[:, 0], column] - means[1][pairs[:, 1], column]
         order = np.argsort(np.abs(apart), kind="stable")
         so_far = np.cumsum(apart[order]) / np.arange(1, len(order) + 1)
-        within = np.flatnonzero(np.abs(so_far) <= BALANCE * unit + _EQUAL)
+        within = np.flatnonzero(np.abs(so_far) <= BALANCE * unit + ROUNDING)
         pairs = pairs[order[: within[-1] + 1 if len(within) else 0]]
     return pairs
 

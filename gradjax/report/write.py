@@ -10,12 +10,12 @@ import pandas as pd
 from absl import logging
 from matplotlib.figure import Figure
 
-from gradjax.config import as_directory
+from gradjax.config import NEGLIGIBLE, as_directory
 from gradjax.errors import GradjaxError
 from gradjax.report import figures, tables
 from gradjax.report.clusters import with_clusters
 from gradjax.report.compare import COLUMNS, Comparison, adjusted, compare, sentence, settled
-from gradjax.report.length import NEGLIGIBLE, rule
+from gradjax.report.length import rule
 from gradjax.report.page import FigureImage, Page, Table, write_page
 from gradjax.report.published import SOURCE, beside, published
 from gradjax.storage.results import ALL, KEY, RunValues, example_values, read_values

@@ -90,19 +90,25 @@ def read_values(directory: str | Path, layers: str = "all") -> RunValues:
 
 
 def _hashes(directory: str | Path) -> pd.DataFrame:
-    """`cluster` and `text` of each row, uint64, over `KEY`: equal where the prompts, the rows are.
-
-    They are hashes; a row without a prompt is of no cluster but its own.
-    """
+    """`text_hashes` of each row, over `KEY`."""
     parts = []
     for (shard,) in read_shards(directory, {"examples": [*KEY, "instruction", "output"]}):
         rows = shard.to_pandas()
-        prompts = rows["instruction"].to_numpy(object)
-        whole = (rows["instruction"] + "\0" + rows["output"]).to_numpy(object)
-        of_prompt, of_whole = (pd.util.hash_array(x, categorize=False) for x in (prompts, whole))
-        hashes = {"cluster": np.where(prompts == "", of_whole, of_prompt), "text": of_whole}
-        parts.append(rows[KEY].assign(**hashes))
+        parts.append(rows[KEY].join(text_hashes(rows["instruction"], rows["output"])))
     return pd.concat(parts) if parts else pd.DataFrame(columns=[*KEY, "cluster", "text"])
+
+
+def text_hashes(prompts: pd.Series, outputs: pd.Series) -> pd.DataFrame:
+    """`cluster` and `text` of each row, uint64: equal where the prompts, where the rows are.
+
+    A row without a prompt is of no cluster but its own.
+    """
+    of_prompt, of_row = (
+        pd.util.hash_array(texts.to_numpy(object), categorize=False)
+        for texts in (prompts, prompts + "\0" + outputs)
+    )
+    clusters = np.where(prompts == "", of_row, of_prompt)
+    return pd.DataFrame({"cluster": clusters, "text": of_row}, index=prompts.index)
 
 
 def read_matrices(
