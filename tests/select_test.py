@@ -22,7 +22,8 @@ from gradjax.config import Reading
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, read_rows, row_hash
 from gradjax.errors import GradjaxError
-from gradjax.select.choose import choose, nearest_free
+from gradjax.report.matching import Rows, match
+from gradjax.select.choose import choose
 from gradjax.select.rule import Rule, parse_amount, parse_range, parse_terms
 from gradjax.select.sources import read_scored
 from gradjax.select.write import SelectConfig, write_selection
@@ -39,10 +40,19 @@ def rule(by: str = "m", **flags: Any) -> Rule:
     return Rule(parse_terms(by), **flags)
 
 
-def frames(*, length: Any = 1.0, status: Any = "ok", **metrics: Any):
+def frames(
+    *,
+    length: Any = 1.0,
+    prompt_length: Any = 1,
+    prompt: Any = None,
+    status: Any = "ok",
+    **metrics: Any,
+):
     """Keys and metrics as `choose` takes them."""
     numbers = pd.DataFrame(metrics, dtype=float)
-    keys = pd.DataFrame({"status": status, "length": length}, index=numbers.index)
+    prompt = numbers.index if prompt is None else prompt
+    lengths = {"length": length, "prompt_length": prompt_length, "prompt": prompt}
+    keys = pd.DataFrame({"status": status, **lengths}, index=numbers.index)
     return keys, numbers
 
 
@@ -210,22 +220,6 @@ class TestChoose:
 
 
 class TestMatchLength:
-    @hypothesis.given(
-        st.lists(st.integers(1, 12), min_size=1, max_size=12),
-        st.lists(st.integers(1, 12), max_size=12),
-        st.randoms(use_true_random=False),
-    )
-    def test_each_turn_takes_the_nearest_free_row(self, lengths, more, random):
-        pool = [random.randint(1, 12) for _ in lengths] + more
-        order = random.sample(range(len(lengths)), len(lengths))
-        found = nearest_free(np.array(lengths), np.array(pool), np.array(order))
-        free = list(range(len(pool)))
-        for turn in order:
-            apart = {i: abs(np.log(pool[i]) - np.log(lengths[turn])) for i in free}
-            assert apart[found[turn]] == pytest.approx(min(apart.values()), abs=1e-12)
-            assert found[turn] == min(i for i in free if pool[i] == pool[found[turn]])
-            free.remove(found[turn])
-
     def test_sides_become_equally_long(self, tmp_path: Path):
         rng = np.random.default_rng(0)
         lengths = np.exp(rng.normal(5, 1, 2000)).astype(int) + 1
@@ -243,32 +237,84 @@ class TestMatchLength:
         assert plain["length_auroc"] > 0.7
         assert abs(matched["length_auroc"] - 0.5) < 0.05
         rows = {p: pd.read_parquet(tmp_path / "selected" / f"{p}.parquet") for p in ("high", "low")}
-        assert len(rows["high"]) == len(rows["low"]) == 100
+        assert len(rows["high"]) == len(rows["low"]) == matched["pairs"] > 90
         assert rows["low"]["m"].max() <= np.median(m)
-        high, low = (np.log(rows[part]["output"].str.len()) for part in ("high", "low"))
-        spread = np.sqrt((high.var(ddof=0) + low.var(ddof=0)) / 2)
-        assert matched["unlike_pairs"] == (abs(high - low) > 0.2 * spread).sum()
+        apart = np.log(rows["high"]["output"].str.len() / rows["low"]["output"].str.len())
+        assert apart.abs().max() < 0.3  # a quarter of a standard deviation
+        table = pd.read_parquet(tmp_path / "selected" / "pairs.parquet")
+        for part in ("high", "low"):
+            assert list(table[f"{part}_row_hash"]) == list(rows[part]["row_hash"])
+            assert list(table[f"{part}_length"]) == list(rows[part]["output"].str.len())
+        rejected = pd.read_parquet(tmp_path / "selected" / "rejected.parquet")["reason"]
+        counts = rejected.value_counts()
+        assert len(rejected) == 2000 - 2 * matched["pairs"]
+        assert counts["not the partner of a high row"] == 1000 - matched["pairs"]
 
-    def test_pairs_that_are_too_unlike_are_counted(self, tmp_path: Path):
-        lengths = [5, 6, 7, 8, 9, 9, 400, 6]
-        path = write_rows(tmp_path / "g.jsonl", [text_row(n - 1) for n in lengths])
-        scores = write_scores(tmp_path / "s", {"g": path}, m=list(range(8)))
-        directory = select(tmp_path / "out", scores=[scores], top=2, match_length=True)
-        lows = pd.read_parquet(directory / "low.parquet")["output"].str.len()
-        assert list(lows) == [6, 8]  # for 6 and 400
-        assert json.loads((directory / "summary.json").read_text())["unlike_pairs"] == 1
+    def test_prompts_become_equally_long(self):
+        """Prompts that follow the metric as much as responses do."""
+        rng = np.random.default_rng(1)
+        size = 4000
+        m, prompt = rng.normal(size=size), np.exp(rng.normal(5, 1, size)).astype(int)
+        length = np.exp(0.6 * m + rng.normal(5, 0.8, size)).astype(int) + 1
+        m += 0.8 * np.log(prompt + 1)
+        keys, metrics = frames(m=m, length=length, prompt_length=prompt, prompt=np.arange(size))
+        choice = choose(keys, metrics, rule(top=300, match_length=True))
+        high, low = choice.parts["high"], choice.parts["low"]
+        assert len(high) == len(low) == len(set(low)) > 100
+        for column in ("length", "prompt_length"):
+            logs = np.log1p(keys[column].to_numpy())
+            spread = np.sqrt((logs[m > np.median(m)].var() + logs[m <= np.median(m)].var()) / 2)
+            assert abs(logs[high].mean() - logs[low].mean()) < 0.25 * spread
+        # The report's own rule takes the selected rows for comparable.
+        rows = [
+            Rows(length[of], prompt[of], of.astype(np.uint64), of.astype(np.uint64))
+            for of in (high, low)
+        ]
+        assert match(*rows).share > 0.7
+
+    def test_rows_of_one_prompt_come_first(self):
+        """A partner of the same prompt is taken, one that is nearer in length left to others."""
+        keys, metrics = frames(
+            m=np.arange(12),
+            length=[12, 100, 30, 31, 29, 300, 33, 34, 35, 36, 100, 13],
+            prompt_length=50,
+            prompt=[7, 1, 2, 3, 4, 5, 6, 70, 8, 9, 10, 7],
+        )
+        choice = choose(keys, metrics, rule(top=2, match_length=True))
+        assert [list(choice.parts[part]) for part in ("high", "low")] == [[11, 10], [0, 1]]
+
+    def test_of_equally_near_rows_the_lowest_is_taken(self):
+        keys, metrics = frames(m=np.arange(20), length=[5, 50] * 10)
+        choice = choose(keys, metrics, rule(top=4, match_length=True))
+        assert [list(choice.parts[part]) for part in ("high", "low")] == [
+            [19, 18, 17, 16],
+            [1, 0, 3, 2],
+        ]
+
+    def test_high_rows_without_a_partner_are_left_out(self):
+        keys, metrics = frames(
+            m=np.arange(12), length=[30, 31, 32, 33, 34, 35] + [900] * 4 + [31, 33]
+        )
+        choice = choose(keys, metrics, rule(top=3, match_length=True))
+        assert [list(choice.parts[part]) for part in ("high", "low")] == [[11, 10], [3, 1]]
+        assert choice.why[9] == "no row of like length is free in the lower half"
+        assert choice.why[0] == "not the partner of a high row"
+
+    def test_where_no_row_is_alike_nothing_is_chosen(self):
+        keys, metrics = frames(m=np.arange(8), length=[5, 6, 5, 6, 7, 900, 1000, 950])
+        with pytest.raises(GradjaxError, match="--top=2 with --match_length: none of these rows"):
+            choose(keys, metrics, rule(top=2, match_length=True))
 
     def test_lengths_are_of_whole_responses(self, tmp_path: Path):
-        order = [3, 9, 1, 7, 5, 0, 8, 2, 6, 4]
+        order = [3, 9, 1, 6, 4, 0, 8, 2, 6, 4]
         path = write_rows(tmp_path / "g.jsonl", [text_row(i) for i in order])
         cut = {"num_target_tokens": [1] * 10}  # as by a model's window
         scores = write_scores(tmp_path / "s", {"g": path}, m=list(range(10)), **cut)
         directory = select(tmp_path / "out", scores=[scores], top=2, match_length=True)
-        # High have 5 and 7 characters, the lower half 4, 10, 2, 8 and 6.
         lengths = [
             len(row["output"]) for row in read_rows(Source("", str(directory / "low.jsonl")))
         ]
-        assert lengths == [6, 8]
+        assert lengths == [5, 7]  # as the high ones
         alone = select(tmp_path / "alone", scores=[scores], top=2)
         (part,) = json.loads((alone / "summary.json").read_text())["parts"]
         assert part["geometric_mean_characters"] == pytest.approx((5 * 7) ** 0.5)
@@ -277,7 +323,8 @@ class TestMatchLength:
     def test_sides_of_one_value_are_warned_of(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: dict[str, Any]
     ):
-        rows = [text_row(i, m=3 if i < 450 else i) for i in range(500)]
+        same = {"output": "as long"}
+        rows = [text_row(1000 + i, **same, m=3 if i < 450 else i) for i in range(500)]
         path = write_rows(tmp_path / "g.jsonl", rows)
         directory = select(tmp_path / "all", data=[str(path)], top=51, **flags)
         assert "high and low share the value 3" in caplog.text

@@ -21,7 +21,7 @@ RANGE = """LOW:HIGH, ends included, either may be left out: choose among the row
 --by lies within; without --top and --bottom, all of them"""
 RANDOM = """N of the usable rows at random, or a share of them, within --range if that is given,
 whether or not they are in high or low"""
-SEED = "seed of ties, of the random rows and of the order of matching"
+SEED = "seed of ties and of the random rows"
 LAYERS = """layers over which the statistics of a run among --scores are averaged: all, or numbers
 and ranges from 0, as in 0-5,8"""
 OUTPUT_DIR = "where to write (default: selections/{by})"
@@ -57,7 +57,8 @@ DETAILS = """
 Writes to --output_dir: high, low, range and random, whichever are asked for,
 each as .jsonl (the rows as they stand in their source, for --data of gradjax
 spectra) and .parquet (with their numbers); rejected.parquet, every other row
-with the reason; summary.json, which is printed.
+with the reason; summary.json, which is printed. With --match_length also
+pairs.parquet: row i of high and row i of low are a pair.
 
 A row is not usable if its status is not ok, if it lacks a number of a metric of
 --by, or if that number is an ifd outside 0 to 1 or a perplexity over 10000 (as

@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from gradjax.errors import GradjaxError
+from gradjax.report.matching import Rows, match
 from gradjax.select.rule import Amount, Rule, Term
 
 # What is a valid number, by a metric's name, here or in the paper's files. The paper's code has
@@ -21,7 +22,7 @@ VALID = {
     rf"perplexity(_with(out)?_instruction)?|ppl_({_BY_MODEL})": (0, 10_000),
 }
 HIGH, LOW, RANGE, RANDOM = "high", "low", "range", "random"
-POOL = "the lower half"  # where rows that match a length are drawn from
+POOL = "the lower half"  # where partners of like length are from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Choice:
     """A selection of n rows.
 
     `parts` holds positions of rows: `high` and `range` from the highest value down, `low` from the
-    lowest up or, matched on length, in the order of `high`, `random` as drawn. Only `random` may
-    share rows with others.
+    lowest up or, matched on length, the partners of `high` in its order, `random` as drawn. Only
+    `random` may share rows with others.
     """
 
     value: np.ndarray  # float64 [n], what rows are ranked by; NaN where a row is not usable
@@ -53,16 +54,16 @@ def choose(keys: pd.DataFrame, metrics: pd.DataFrame, rule: Rule) -> Choice:
     """Chooses rows; the same ones for the same seed.
 
     Args:
-      keys: each row's `status`, and its `length` where that is to be matched.
+      keys: each row's `status`, and `length`, `prompt_length` and `prompt` where these are to be
+        matched.
       metrics: numbers of the same rows, NaN where unknown.
 
     Raises:
       GradjaxError: if more rows are asked for than can be chosen, or high and low would share some.
     """
     why, value = rank_values(keys["status"], metrics, rule.by)
-    lengths = keys["length"].to_numpy(float)
     if rule.match_length:
-        _reject(why, ~(lengths > 0), "its length is not known")
+        _reject(why, ~(keys["length"].to_numpy(float) > 0), "its length is not known")
         value[why != ""] = np.nan
     if rule.range:
         low, high = rule.range
@@ -77,9 +78,9 @@ def choose(keys: pd.DataFrame, metrics: pd.DataFrame, rule: Rule) -> Choice:
 
     parts, ends = _extremes(rule, ascending, why)
     if rule.match_length:
-        ends[POOL] = pool = _lower_half(rule, ascending, why)
-        order = np.random.default_rng((rule.seed, 2)).permutation(len(parts[HIGH]))
-        parts[LOW] = pool[nearest_free(lengths[parts[HIGH]], lengths[pool], order)]
+        ends[POOL] = _lower_half(rule, ascending, why)
+        parts[HIGH], parts[LOW] = _paired(keys, parts[HIGH], ends[POOL])
+        _require_pairs(rule, len(parts[HIGH]))
     if rule.random:
         rng, count = np.random.default_rng((rule.seed, 1)), _count("random", rule.random, why)
         parts[RANDOM] = rng.choice(np.flatnonzero(candidates), count, replace=False)
@@ -87,8 +88,9 @@ def choose(keys: pd.DataFrame, metrics: pd.DataFrame, rule: Rule) -> Choice:
         name: _cutoff(value, ascending, end[-1], parts[LOW if name == POOL else name])
         for name, end in ends.items()
     }
-    in_pool = np.isin(np.arange(len(why)), ends.get(POOL, []))
-    _reject(why, in_pool, "not drawn to match a length")
+    if rule.match_length:
+        why[ends[HIGH]] = f"no row of like length is free in {POOL}"
+        why[ends[POOL]] = "not the partner of a high row"
     for name, cutoff in cutoffs.items():
         _reject(why, value == cutoff.value, f"lost a tie at the cutoff of {name}")
     _reject(why, np.ones(len(why), bool), _left_over(parts))
@@ -130,45 +132,34 @@ def ascend(value: np.ndarray, candidates: np.ndarray, seed: int) -> np.ndarray:
     return shuffled[np.argsort(value[shuffled], kind="stable")]
 
 
-def nearest_free(lengths: np.ndarray, pool: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """For each length the row of the pool that is nearest to it in logarithm, each row once.
+def _paired(
+    keys: pd.DataFrame, high: np.ndarray, pool: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `high` and of `pool` that are alike in length, as the report pairs them.
 
     Args:
-      lengths: of at most as many rows as the pool has.
-      pool: lengths of rows that are to be preferred in this order where they are equally long.
-      order: in which the lengths have their turn.
+      high: positions, the highest value first.
+      pool: positions, the lowest value first.
 
     Returns:
-      int64 positions in `pool`, one for each of `lengths`.
+      Positions, each row's partner at the same place, in the order of `high`.
     """
-    distinct, which = np.unique(pool, return_inverse=True)
-    rows = np.argsort(which, kind="stable")  # by length, then by preference
-    ends = np.cumsum(np.bincount(which))
-    heads = ends - np.bincount(which)
-    logs = np.log(distinct)
-    # Links from each length to the next one that has free rows, upwards to len(distinct) if none
-    # has, and downwards, where length j is j + 1 and none is 0.
-    above, below = list(range(len(distinct) + 1)), list(range(len(distinct) + 1))
-    first = np.searchsorted(distinct, lengths)
-    found = np.zeros(len(lengths), np.int64)
-    for i in order:
-        nearest, down = _root(above, int(first[i])), _root(below, int(first[i])) - 1
-        log = np.log(lengths[i])
-        if nearest == len(distinct) or (down >= 0 and log - logs[down] < logs[nearest] - log):
-            nearest = down
-        found[i] = rows[heads[nearest]]
-        heads[nearest] += 1
-        if heads[nearest] == ends[nearest]:
-            above[nearest], below[nearest + 1] = nearest + 1, nearest
-    return found
-
-
-def _root(parents: list[int], i: int) -> int:
-    """Where the links from i end; links on the way are shortened."""
-    while parents[i] != i:
-        parents[i] = parents[parents[i]]
-        i = parents[i]
-    return i
+    prompts = keys["prompt"].to_numpy()[np.concatenate([high, pool])]
+    table = pd.DataFrame({"side": np.repeat([0, 1], [len(high), len(pool)]), "prompt": prompts})
+    # Rows are units of their own: the first of a prompt on one side goes with that of the other.
+    table["turn"] = table.groupby(["side", "prompt"]).cumcount()
+    # Of equally near units the engine takes that of the largest number.
+    numbers = table[::-1].groupby(["prompt", "turn"], sort=False).ngroup().sort_index()
+    matched, of_unit = [], []
+    for side, rows in enumerate((high, pool)):
+        units = numbers[table["side"] == side].to_numpy(np.uint64)
+        target, prompt = keys[["length", "prompt_length"]].to_numpy()[rows].astype(int).T
+        matched.append(Rows(target, prompt, units, np.arange(len(rows), dtype=np.uint64)))
+        of_unit.append(np.argsort(units))
+    pairs = match(*matched).pairs
+    ours, theirs = (units[pairs[:, side]] for side, units in enumerate(of_unit))
+    order = np.argsort(ours)
+    return high[ours[order]], pool[theirs[order]]
 
 
 def _extremes(
@@ -197,6 +188,14 @@ def _lower_half(rule: Rule, ascending: np.ndarray, why: np.ndarray) -> np.ndarra
             f"of all, expected at most {len(half)}, {_can_be_chosen(why)}"
         )
     return half
+
+
+def _require_pairs(rule: Rule, pairs: int) -> None:
+    if not pairs:
+        raise GradjaxError(
+            f"--top={rule.top} with --match_length: none of these rows has one in {POOL} whose "
+            "response and prompt are of like length; give a larger --top or another --by"
+        )
 
 
 def _count(flag: str, amount: Amount, why: np.ndarray) -> int:

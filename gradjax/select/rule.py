@@ -7,10 +7,10 @@ from decimal import Decimal
 
 from gradjax.errors import GradjaxError
 
-MATCHING = """one low row for each high row: in an order drawn by the seed, each high row takes
-the row that is nearest in log length and still free in the lower half of the rows to choose from,
-of equally long ones the lowest. Lengths are characters of the responses: numbers of tokens may be
-of cut rows"""
+MATCHING = """pairs of a high row and one of the lower half of the rows to choose from, alike in
+the lengths of response and prompt, found as gradjax report finds its pairs: rows of one prompt
+first, then the nearest, of equally near ones the lowest. A high row without such a partner is left
+out. Lengths are characters of whole rows: numbers of tokens may be of cut ones"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Rule:
             )
         if self.match_length and not self.top:
             raise GradjaxError(
-                "--match_length draws a low side as long as the high one: expected --top with it"
+                "--match_length pairs high rows with low ones: expected --top with it"
             )
         if self.match_length and self.bottom not in (None, self.top):
             raise GradjaxError(
-                f"--bottom={self.bottom}: with --match_length there is one low row for each of "
+                f"--bottom={self.bottom}: with --match_length low rows are partners of those of "
                 f"--top={self.top}; leave --bottom out or make it equal"
             )
         if self.seed < 0:

@@ -21,6 +21,7 @@ from gradjax.storage.results import KEY
 from gradjax.structs import ATTENTION, Example
 
 KEYS = [*KEY, "row_hash"]
+LENGTHS = ["length", "prompt_length", "prompt"]
 _COMMON = 0.1  # share of rows from which on a field of theirs is looked at unasked
 # What a partition has columns for; a row's own field of such a name is no metric.
 RESERVED = {*KEYS, "selection_value", "instruction", "output", "messages"}
@@ -31,7 +32,8 @@ class Scored:
     """Rows with their numbers, sorted by group and example_id; both frames have the same index.
 
     `keys` has group, example_id, row_hash, status, reason ("" if none) and length, the characters
-    of the responses; `metrics` is of float64. NaN where a number is not known.
+    of the responses; where rows have been read also prompt_length, those of the rest, and prompt,
+    equal where prompts are. `metrics` is of float64. NaN where a number is not known.
     """
 
     keys: pd.DataFrame
@@ -84,7 +86,8 @@ def read_scored(
     keys["length"] = np.nan
     if missing or lengths:
         rows = {group: _read_rows(sources[group]) for group in sorted(set(keys["group"]))}
-        keys["length"], fields = _fields_of_scored(keys, sources, rows, missing)
+        there, fields = _fields_of_scored(keys, sources, rows, missing)
+        keys[LENGTHS] = there[LENGTHS]
         _require_found(missing, fields, metrics, "neither scored nor a number in the rows")
         metrics = metrics.join(fields)
     return Scored(keys, metrics, sources, rows)
@@ -263,9 +266,9 @@ def _fields_of_scored(
     sources: Mapping[str, Source],
     rows: Mapping[str, list[object]],
     names: Sequence[str],
-) -> tuple[pd.Series, pd.DataFrame]:
-    """Characters of the scored rows' responses, and their fields of these names."""
-    characters, fields = [], []
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The scored rows as their sources have them: keys, and fields of these names."""
+    keys_there, fields = [], []
     for group, part in keys.groupby("group", sort=True):
         source = sources[str(group)]
         there, found = _read_fields(source, rows[str(group)], names, others=False)
@@ -275,9 +278,9 @@ def _fields_of_scored(
         hashes, scored = there["row_hash"].to_numpy()[numbers], part["row_hash"].to_numpy()
         for at in np.flatnonzero(hashes != scored)[:1]:
             _require_scored(source, numbers[at], hashes[at], scored[at])
-        characters.append(there["length"].iloc[numbers])
+        keys_there.append(there.iloc[numbers])
         fields.append(found.iloc[numbers])
-    return pd.concat(characters, ignore_index=True), pd.concat(fields, ignore_index=True)
+    return pd.concat(keys_there, ignore_index=True), pd.concat(fields, ignore_index=True)
 
 
 def _read_fields(
@@ -296,12 +299,11 @@ def _read_fields(
     keys = []
     for number, row in enumerate(rows):
         example = to_example(row, source.group, number, source.reading)
-        length = _characters(example)
-        keys.append((example.row_hash, example.status, example.reason, length))
+        keys.append((example.row_hash, example.status, example.reason, *_lengths(example)))
         numbers = _numbers(row) if fields else {}
         for name in fields.keys() & numbers.keys():
             fields[name][number] = numbers[name]
-    frame = pd.DataFrame(keys, columns=["row_hash", "status", "reason", "length"])
+    frame = pd.DataFrame(keys, columns=["row_hash", "status", "reason", *LENGTHS])
     frame.insert(0, "group", source.group)
     frame.insert(1, "example_id", np.arange(len(rows)))
     return frame.astype({"length": float}), pd.DataFrame(fields, index=frame.index)
@@ -310,6 +312,13 @@ def _read_fields(
 def _characters(example: Example) -> int:
     """Of the responses; 0 for a row that cannot be used."""
     return sum(len(m.content) for m in example.messages if m.role == "assistant")
+
+
+def _lengths(example: Example) -> tuple[int, int, int]:
+    """What a row is matched by; a row without a prompt shares its with no other."""
+    length = _characters(example)
+    prompt_length = sum(len(m.content) for m in example.messages) - length
+    return length, prompt_length, hash(example.instruction or example.key)
 
 
 def _numbers(row: object) -> dict[str, float]:

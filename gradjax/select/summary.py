@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gradjax.report.matching import CALIPERS
 from gradjax.report.ranks import auroc
 from gradjax.select.choose import HIGH, LOW, Choice, ascend, rank_values
 from gradjax.select.rule import MATCHING, Rule, Term
@@ -26,7 +25,7 @@ def summarize(scored: Scored, choice: Choice, rule: Rule) -> dict[str, Any]:
         "distributions": distributions(scored.metrics),
         "overlap": overlap(scored, choice, rule),
         "length_auroc": length_auroc(scored, choice),
-        "unlike_pairs": unlike_pairs(scored, choice) if rule.match_length else None,
+        "pairs": len(choice.parts[HIGH]) if rule.match_length else None,
     }
 
 
@@ -102,13 +101,6 @@ def length_auroc(scored: Scored, choice: Choice) -> float | None:
     return auroc(high, low) if len(high) and len(low) else None
 
 
-def unlike_pairs(scored: Scored, choice: Choice) -> int:
-    """How many low rows are too unlike in length to their high one, as `gradjax report` sees it."""
-    high, low = (np.log(_lengths(scored, choice.parts[part])) for part in (HIGH, LOW))
-    spread = np.sqrt((high.var() + low.var()) / 2)
-    return int((np.abs(high - low) > CALIPERS[0] * spread).sum())
-
-
 def format_summary(summary: dict[str, Any], by: str) -> str:
     """The summary for a terminal."""
     said = [f"{summary['usable']} of {summary['rows']} rows can be ranked by {by}"]
@@ -134,11 +126,8 @@ def format_summary(summary: dict[str, Any], by: str) -> str:
             f"AUROC of characters, high against low: {summary['length_auroc']:.3f} "
             "(0.5: no difference in length)"
         )
-    if summary["unlike_pairs"] is not None:
-        said.append(
-            f"Matched on length: {' '.join(MATCHING.split())}. In {summary['unlike_pairs']} pairs "
-            f"the lengths are over {CALIPERS[0]} standard deviations of their logarithms apart."
-        )
+    if summary["pairs"] is not None:
+        said.append(f"Matched on length, {summary['pairs']} {' '.join(MATCHING.split())}.")
     return "\n\n".join(said)
 
 

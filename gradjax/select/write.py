@@ -20,7 +20,7 @@ from gradjax.data.sources import parse_data_flags
 from gradjax.errors import GradjaxError
 from gradjax.select.choose import HIGH, LOW, RANDOM, RANGE, Choice, choose
 from gradjax.select.rule import Rule, parse_amount, parse_range, parse_terms
-from gradjax.select.sources import KEYS, Scored, chosen_rows, read_scored
+from gradjax.select.sources import KEYS, LENGTHS, Scored, chosen_rows, read_scored
 from gradjax.select.summary import format_summary, summarize
 from gradjax.storage.directory import Directory, Kind
 from gradjax.storage.filesystem import WORK, LocalPlace
@@ -28,8 +28,9 @@ from gradjax.structs import ATTENTION
 
 SUMMARY = "summary.json"
 REJECTED = "rejected.parquet"
+PAIRS = "pairs.parquet"
 _PARTS = [f"{part}.{kind}" for part in (HIGH, LOW, RANGE, RANDOM) for kind in ("jsonl", "parquet")]
-SELECTION = Kind("a selection", SUMMARY, "gradjax select", frozenset({REJECTED, *_PARTS}))
+SELECTION = Kind("a selection", SUMMARY, "gradjax select", frozenset({REJECTED, PAIRS, *_PARTS}))
 _CHUNK = 1000  # rows made into a table at once
 _TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
 _TEXTS = pa.schema(
@@ -165,7 +166,7 @@ def write_selection(config: SelectConfig) -> Written:
     place = directory.place
     assert isinstance(place, LocalPlace)  # a URL is refused
     with place.lock(0):
-        _write_files(place, scored, choice, lines)
+        _write_files(place, scored, choice, lines, matched=rule.match_length)
         directory.write_manifest({"settings": config.settings, **summary})
     return Written(config.directory, format_summary(summary, config.by))
 
@@ -184,7 +185,7 @@ def _require_free(directory: Directory, config: SelectConfig) -> None:
 
 
 def _write_files(
-    place: LocalPlace, scored: Scored, choice: Choice, lines: Mapping[int, bytes]
+    place: LocalPlace, scored: Scored, choice: Choice, lines: Mapping[int, bytes], *, matched: bool
 ) -> None:
     """Writes every file but the summary aside, then puts all in their places."""
     work = place.directory / WORK
@@ -194,8 +195,10 @@ def _write_files(
                 file.writelines(lines[row] + b"\n" for row in rows)
             _write_parquet(work / f"{part}.parquet", _part_tables(scored, choice, rows, lines))
         _write_parquet(work / REJECTED, [_rejected_table(scored, choice)])
+        if matched:
+            _write_parquet(work / PAIRS, [_pairs_table(scored, choice)])
         new = sorted(path.name for path in work.iterdir() if path.name != "lock")
-        old = {SUMMARY, *_PARTS} & set(place.names()) - set(new)
+        old = {SUMMARY, PAIRS, *_PARTS} & set(place.names()) - set(new)
         place.remove(sorted(old, key=SUMMARY.__ne__))  # the summary first: it vouches for the rest
     place.put_written(new)
 
@@ -259,6 +262,16 @@ def _rejected_table(scored: Scored, choice: Choice) -> pa.Table:
     columns = {name: pa.Array.from_pandas(scored.keys.loc[out, name]) for name in KEYS}
     columns["selection_value"] = pa.Array.from_pandas(choice.value[out])
     return pa.table({**columns, "reason": pa.array(reasons, pa.string())})
+
+
+def _pairs_table(scored: Scored, choice: Choice) -> pa.Table:
+    """Keys of the rows of `high` and of their partners, with what they were matched by."""
+    columns = {}
+    for part in (HIGH, LOW):
+        rows = scored.keys.iloc[choice.parts[part]]
+        for name in (*KEYS, *LENGTHS[:2]):
+            columns[f"{part}_{name}"] = pa.Array.from_pandas(rows[name])
+    return pa.table(columns)
 
 
 def _warn_of_ties(choice: Choice) -> None:
