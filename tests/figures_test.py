@@ -82,9 +82,8 @@ def made_up_run(
 def numbers(run: MadeUpRun, group: str, projection: str, statistic: str) -> np.ndarray:
     """[examples, layers] of what was made up."""
     rows = run.matrices.query("group == @group and projection == @projection")
-    return (
-        rows.sort_values(["example_id", "layer"])[statistic].to_numpy().reshape(COUNTS[group], -1)
-    )
+    examples = rows["example_id"].nunique()
+    return rows.sort_values(["example_id", "layer"])[statistic].to_numpy().reshape(examples, -1)
 
 
 def lines(axes: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -137,8 +136,12 @@ def test_layer_curves_show_means_and_their_intervals(statistic):
             margin = 1.96 * np.sqrt(np.nansum((values - means) ** 2, 0) / (known - 1) / known)
             np.testing.assert_array_equal(x, range(LAYERS))
             np.testing.assert_allclose(y, means, rtol=1e-12)
-            ends = [band[layer] for layer in range(LAYERS)]
+            ends = np.array([band[layer] for layer in range(LAYERS)])
+            if statistic == "nuclear_norm":  # on a logarithmic axis
+                ends, means, margin = np.log(ends), np.log(means), margin / means
             np.testing.assert_allclose(ends, np.stack([means - margin, means + margin], 1))
+        assert axes.get_yscale() == ("log" if statistic == "nuclear_norm" else "linear")
+    assert "not controlled for length" in panels[0].figure.get_suptitle()
 
 
 def test_nuclear_norms_share_a_scale_and_ranks_do_not():
@@ -182,21 +185,86 @@ def test_spectra_of_a_missing_group_are_refused(stored):
 
 
 def test_effective_rank_against_length():
-    run = made_up_run()
+    counts = {"slow": 101, "fast": 53}
+    run = made_up_run(counts=counts)
     (axes,) = figures.rank_against_length(run, "slow", "fast").axes
-    for group, points, line in zip(COUNTS, axes.collections, lines(axes), strict=True):
+    for group, points, line in zip(counts, axes.collections, lines(axes), strict=True):
         rows = run.examples.query("group == @group and status == 'ok'")
         tokens = rows.sort_values("example_id")["num_target_tokens"].to_numpy()
         by_projection = [numbers(run, group, p, "effective_rank") for p in ATTENTION]
         ranks = np.mean([np.nanmean(values, 1) for values in by_projection], 0)
         drawn = np.asarray(points.get_offsets())
         np.testing.assert_allclose(drawn[np.lexsort(drawn.T)], sorted_pairs(tokens, ranks))
-        bins = np.floor(np.log(tokens) / np.log(np.sqrt(2)))
+        bins = np.array([int(t * t).bit_length() for t in tokens])
         medians = [
             (np.median(tokens[bins == number]), np.median(ranks[bins == number]))
             for number in np.unique(bins)
+            if (bins == number).sum() >= 10
         ]
+        assert 0 < len(medians) < len(np.unique(bins))
         np.testing.assert_allclose(np.stack(line, 1), medians)
+
+
+ANSWERS = pd.DataFrame(
+    {
+        "name": ["slow against fast", "slow against fast", "a:b", "a:b", "$x$", "$x$"],
+        "statistic": 3 * ["nuclear_norm", "effective_rank"],
+        "ratio": [0.25, 1.02, np.nan, np.nan, 3.0, 0.9],
+        "ratio_ci_low": [0.2, 1.01, np.nan, np.nan, 0.5, 0.85],
+        "ratio_ci_high": [0.3, 1.03, np.nan, np.nan, 1e9, 0.95],
+        "answer": ["yes, smaller", "yes, but negligible", *(3 * ["undecided"]), "yes, smaller"],
+        "pairs": [64, 64, 3, 3, 1234, 1234],
+    }
+)
+
+
+def test_a_forest_shows_every_ratio_with_its_interval(tmp_path):
+    figure = figures.forest(ANSWERS)
+    assert [axes.get_title() for axes in figure.axes] == ["nuclear norm", "effective rank"]
+    for axes, (_, rows) in zip(figure.axes, ANSWERS.groupby("statistic", sort=False), strict=True):
+        drawn = [line for line in axes.lines if len(line.get_xdata()) == 2][:3]
+        for line, (place, row) in zip(drawn, enumerate(rows.itertuples()), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), [row.ratio_ci_low, row.ratio_ci_high])
+            np.testing.assert_array_equal(line.get_ydata(), [place, place])
+        points = [line for line in axes.lines if len(line.get_xdata()) == 1]
+        np.testing.assert_array_equal([p.get_xdata()[0] for p in points], rows["ratio"])
+        filled = [point.get_markerfacecolor() != "white" for point in points]
+        assert filled == [answer != "undecided" for answer in rows["answer"]]
+        assert [text.get_text() for text in axes.texts] == list(rows["answer"])
+        left, right = axes.get_xlim()
+        assert left < 1 < right < 100  # an interval without end leaves the others legible
+    read = texts(svg(figure, tmp_path))
+    for said in ("slow against fast", "64 pairs", "$x$", "1,234 pairs"):
+        assert any(said in text for text in read)
+
+
+def test_controlled_curves_show_the_effects_of_layers(tmp_path):
+    rng = np.random.default_rng(3)
+    ratio = np.exp(rng.normal(0, 0.3, 2 * LAYERS))
+    effects = pd.DataFrame(
+        {
+            "statistic": np.repeat(["nuclear_norm", "effective_rank"], LAYERS),
+            "layer": np.tile(np.arange(LAYERS), 2),
+            "ratio": ratio,
+            "ratio_ci_low": ratio / 1.3,
+            "ratio_ci_high": ratio * 1.3,
+            "beyond_length": np.where(np.arange(2 * LAYERS) % 3, "undecided", "yes"),
+        }
+    )
+    figure = figures.controlled_curves(effects, "slow against fast")
+    for axes, (_, rows) in zip(figure.axes, effects.groupby("statistic", sort=False), strict=True):
+        (band,) = bands(axes)
+        ends = np.array([band[layer] for layer in range(LAYERS)])
+        np.testing.assert_allclose(ends, rows[["ratio_ci_low", "ratio_ci_high"]])
+        curve, *marked = axes.lines[:3]
+        np.testing.assert_allclose(curve.get_ydata(), rows["ratio"])
+        for line, decided in zip(marked, (False, True), strict=True):
+            chosen = rows[(rows["beyond_length"] == "yes") == decided]
+            np.testing.assert_allclose(np.stack(line.get_data(), 1), chosen[["layer", "ratio"]])
+            assert (line.get_markerfacecolor() == "white") != decided
+        assert axes.get_yscale() == "log"
+    assert list(legend_handles(figure)) == ["decided, adjusted over layers", "undecided"]
+    assert svg(figure, tmp_path)
 
 
 def sorted_pairs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -218,7 +286,7 @@ def test_many_points_are_thinned_and_the_figure_says_so():
 
 
 def test_responses_of_one_length(tmp_path):
-    run = made_up_run()
+    run = made_up_run()  # 11 and 13 rows
     run.examples["num_target_tokens"] = 61
     figure = figures.rank_against_length(run, "slow", "fast")
     assert [len(x) for x, _ in lines(figure.axes[0])] == [1, 1]
@@ -376,6 +444,7 @@ def test_all_text_can_be_read_in_print(tmp_path):
         figures.layer_curves(run, "slow", "fast", "nuclear_norm"),
         figures.rank_against_length(run, "slow", "fast"),
         figures.models([run], "slow", "fast", "nuclear_norm"),
+        figures.forest(ANSWERS),
     ):
         svg(figure, tmp_path)  # ticks are made as it is drawn
         assert figure.get_figwidth() == 7
@@ -383,7 +452,7 @@ def test_all_text_can_be_read_in_print(tmp_path):
         assert min(text.get_fontsize() for text in found) >= 8
         for axes in figure.axes:
             assert axes.get_xlabel()
-        assert "(" in figure.axes[0].get_ylabel()  # its unit
+    assert "(" in figures.layer_curves(run, "slow", "fast", SPECTRAL[0]).axes[0].get_ylabel()
 
 
 def test_files_are_whole_and_equal_each_time(tmp_path):

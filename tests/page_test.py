@@ -88,7 +88,11 @@ def page_of(examples: pd.DataFrame, text: str = "plain", **changed: Any) -> Page
     table.columns = pd.Index([f"a {text}", "n_high", "gap"], dtype=object)
     page = Page(
         title=f"Report {text}",
+        answers=pd.DataFrame(
+            {"comparison": [f"high against low {text}"], "pairs": [7]}, dtype=object
+        ),
         verdicts=[f"high against low {text}: yes.", "slow against fast: undecided."],
+        overview=[FigureImage(f"Forest {text}", SVG), FigureImage(f"By layer {text}", SVG)],
         rule=f"First {text}.\n\nSecond.",
         tables=[Table(f"Table {text}", f"Note {text}", table)],
         figures=[FigureImage(f"Figure {text}", SVG)],
@@ -155,7 +159,7 @@ class TestMadeOf:
         )
         html = render(page_of(examples_of(3, ["x"]), tables=[Table("T", "N", frame)]))
         rows = re.findall(r"<tr>\n((?:<td .*\n)+)</tr>", html)
-        cells = [re.findall(r"<td (\S+)>(.*)</td>", row) for row in rows[:2]]
+        cells = [re.findall(r"<td (\S+)>(.*)</td>", row) for row in rows[1:3]]
         right, left = 'class="number"', 'dir="auto"'
         assert cells[0] == [(right, "0.3333"), (right, "12345"), (right, "–"), (left, "yes")]
         assert cells[1] == [(right, "2.000e-09"), (right, "7"), (right, "1235"), (left, "no")]
@@ -163,7 +167,11 @@ class TestMadeOf:
     def test_the_page_says_what_there_is_none_of(self):
         examples = examples_of(3, ["x"])
         empty = page_of(
-            examples, verdicts=[], outliers=examples.head(0).assign(why=""), not_used=pd.DataFrame()
+            examples,
+            overview=[],
+            verdicts=[],
+            outliers=examples.head(0).assign(why=""),
+            not_used=pd.DataFrame(),
         )
         text = Reader(render(empty)).text
         for said in ("No groups were compared.", "There are none.", "Every row was used."):
@@ -358,9 +366,10 @@ class TestInBrowser:
             press(tab, "next")
         texts = examples[["instruction", "output"]].to_numpy().ravel()
         assert opened == ["–" if text is None else visible(text) for text in texts]
-        assert tab.locator("img").count() == 1
+        assert tab.locator("img").count() == 3
         assert tab.locator("iframe, svg, base, main b").count() == 0
-        assert tab.locator("img").evaluate("image => image.complete && image.naturalWidth") == 1200
+        loaded = "all => all.map((image) => image.complete && image.naturalWidth)"
+        assert tab.locator("img").evaluate_all(loaded) == [1200] * 3
         assert tab.locator("h1").inner_text().startswith("Report <script>window.pwned = 1</script>")
 
     def test_were_markup_to_get_in_it_would_not_run(self, tab: Tab, noticed: Noticed):
@@ -388,6 +397,12 @@ class TestInBrowser:
             *("Verdicts", "Tables", "Figures", "Examples", "Outliers", "Rows not used", "Manifest")
         ]
         assert tab.locator(".verdicts li").count() == 2
+        places = tab.evaluate(
+            """() => ["[aria-label=Verdicts] table", "figure", ".verdicts", "figure:nth-of-type(2)",
+                ".rule", "#tables"].map((sought) =>
+                document.querySelector(sought).getBoundingClientRect().top)"""
+        )
+        assert places == sorted(places)
         assert column(tab, "why", "Outliers")[0].startswith("large <script>")
         assert not tab.locator("pre").is_visible()
         tab.locator("details", has=tab.locator("pre")).locator("summary").click()
@@ -436,6 +451,49 @@ class TestInBrowser:
         search.fill("")
         assert line(tab) == "rows 1–50 of 127"
 
+    def test_histograms_filter(self, tab: Tab, examples: pd.DataFrame):
+        section = tab.locator("section", has=tab.locator("#examples"))
+        labels = section.locator(".histogram legend").all_inner_texts()
+        assert labels == ["target tokens", "loss, nats per token", "effective rank", "nuclear norm"]
+        for label, name in zip(labels, NUMBERS[1:], strict=True):
+            values = examples[name].dropna()
+            positive = values.min() > 0
+            scaled = np.log(values) if positive else values
+            edges = np.linspace(scaled.min(), scaled.max(), 25)
+            counts = np.histogram(scaled, edges)[0]
+            box = section.locator(".histogram").nth(labels.index(label))
+            heights = box.locator(".bars span").evaluate_all(
+                "all => all.map((e) => e.clientHeight)"
+            )
+            np.testing.assert_allclose(heights, 48 * counts / counts.max(), atol=1.5)
+            lower, upper = (
+                tab.get_by_label(f"{label}, {end}", exact=True) for end in ("from", "to")
+            )
+            for handle, at in ((lower.first, 5), (upper.first, 17)):
+                handle.fill(str(at))
+            within = (scaled >= edges[5] - 1e-9) & (scaled < edges[17] - 1e-9)
+            found = examples.loc[values.index[within], "example_id"]
+            assert set(column(tab, "row")) <= set(map(str, found))
+            assert f" of {len(found)} found among 127" in line(tab)
+            assert box.locator(".bars .out").count() == 12
+            lower.first.fill("20")  # no further than the other handle
+            assert (lower.first.input_value(), upper.first.input_value()) == ("16", "17")
+            tab.get_by_label("search").first.fill("no such text")
+            assert line(tab) == "no rows found among 127"
+            tab.get_by_label("search").first.fill("")
+            lower.first.fill("0")
+            upper.first.fill("24")
+            assert line(tab) == "rows 1–50 of 127"  # those without a number, too
+
+    def test_a_handle_moves_by_keys_and_says_where_it_is(self, tab: Tab):
+        handle = tab.get_by_label("effective rank, from", exact=True).first
+        handle.focus()
+        before = handle.get_attribute("aria-valuetext")
+        tab.keyboard.press("ArrowRight")
+        assert handle.input_value() == "1"
+        assert handle.get_attribute("aria-valuetext") != before
+        assert "found among 127" in line(tab)
+
     def test_sorting_keeps_what_was_searched(self, tab: Tab, examples: pd.DataFrame):
         tab.get_by_label("search").first.fill("low")
         press(tab, "row")
@@ -481,7 +539,7 @@ class TestInBrowser:
         keyboard.press("Space")
         assert line(tab).startswith("rows 101–")
         assert focused() == "next"
-        for _ in range(4):  # last, the table's box, then its headers
+        for _ in range(12):  # last, eight handles, the table's box, then its headers
             keyboard.press("Tab")
         assert focused() == "row"
         keyboard.press("Enter")
@@ -501,11 +559,16 @@ class TestInBrowser:
         press(tab, "text of low, row 18")  # a very long word
         tab.locator("details", has=tab.locator("pre")).locator("summary").click()
         assert tab.evaluate("document.documentElement.scrollWidth") == 360
+        figure = tab.locator("figure .scroll").first
+        assert figure.evaluate("e => [e.clientWidth < 360, e.scrollWidth > 500]") == [True, True]
         wide = tab.locator(".scroll").evaluate_all("all => all.map((e) => e.scrollWidth > 360)")
         assert any(wide)
         region = tab.get_by_role("region", name="Examples")
         for place in (0, 500):  # the text stays in view when its table is scrolled
             region.evaluate("(e, place) => { e.scrollLeft = place; }", place)
+            first = region.locator("tbody tr td").first.bounding_box()
+            assert first
+            assert 0 <= first["x"] < 30  # as does whose row it is
             box = tab.locator(".texts").bounding_box()
             assert box
             assert box["x"] >= 0
@@ -527,7 +590,7 @@ class TestInBrowser:
 
     def test_prints_without_controls(self, tab: Tab):
         tab.emulate_media(media="print")
-        for gone in ("body > nav", "input", ".controls button", ".opener"):
+        for gone in ("body > nav", "input", ".controls button", ".histograms", ".opener"):
             assert not tab.locator(gone).first.is_visible()
         assert tab.locator("tbody tr").first.is_visible()
 
@@ -565,5 +628,5 @@ def contrast(a: str, b: str) -> float:
 
 def test_the_figure_is_the_one_that_was_given():
     html = render(page_of(examples_of(3, ["x"])))
-    (data,) = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)"', html)
-    assert base64.b64decode(data) == SVG
+    images = re.findall(r'<img src="data:image/svg\+xml;base64,([^"]*)"', html)
+    assert [base64.b64decode(data) for data in images] == [SVG] * 3

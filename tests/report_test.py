@@ -1,6 +1,7 @@
 """The report of runs whose numbers are known: statistics, tables, files and faults."""
 
 import dataclasses
+import html
 import itertools
 import json
 import os
@@ -433,10 +434,47 @@ def test_everything_is_written(report):
     assert {"comparisons.csv", "length_control.csv", "report.html"} <= names
     assert {"statistics.csv", "balance.csv"} <= names
     assert {"figures/long_short_nuclear_norm.svg", "figures/long_same_spectra.png"} <= names
+    assert {"figures/verdicts.svg", "figures/long_short_by_layer.png", "layers.csv"} <= names
+    listed = pd.read_csv(report / "figures.csv")["name"]
+    assert {f"figures/{name}.svg" for name in listed} <= names
     assert "nuclear\\_norm" in (report / "spectra.tex").read_text()
     page = (report / "report.html").read_text()
     assert "long against short, beyond length: nuclear norm yes, smaller in long" in page
     assert "empty_response" in page
+
+
+def test_figures_of_an_earlier_call_are_removed_and_no_others(directory, tmp_path, no_figures):
+    def report(*compared: str) -> set[str]:
+        write_report(ReportConfig((str(directory),), compared, output_dir=str(tmp_path)))
+        return {path.stem for path in (tmp_path / "figures").iterdir()}
+
+    assert {"long_short_length", "long_same_length"} <= report("long:short", "long:same")
+    (tmp_path / "figures" / "my_own.svg").touch()
+    left = report("long:same")
+    assert {"my_own", "verdicts", "long_same_length", "long_same_by_layer"} <= left
+    assert not any("short" in name for name in left)
+
+
+def test_the_first_screen_has_a_line_per_comparison(report):
+    page = (report / "report.html").read_text()
+    first = page[: page.index("<figure>")]
+    columns, *lines = [
+        [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row)]
+        for row in first.split("<tr>")[1:]
+    ]
+    table = pd.DataFrame(lines, columns=columns).set_index("comparison")
+    statistics = pd.read_csv(report / "statistics.csv").query("projection == 'all'")
+    assert list(table.index) == ["long against short", "long against same"]
+    for name, rows in statistics.groupby("comparison", sort=False):
+        line = table.loc[name.replace(":", " against ")]
+        rows = rows.set_index("statistic")
+        for statistic in ("nuclear_norm", "effective_rank"):
+            row, word = rows.loc[statistic], statistic.replace("_", " ")
+            assert line[word].startswith(row["beyond_length"])
+            ratio = [row["ratio"], row["ratio_ci_low"], row["ratio_ci_high"]]
+            assert line[f"{word}, high ÷ low [99 %]"] == "{:.3f} [{:.3f}, {:.3f}]".format(*ratio)
+            assert line[f"{word}, beyond loss too"].startswith(row["beyond_loss"])
+    assert table.loc["long against short", "nuclear norm"] == "yes, smaller"
 
 
 def test_python_and_the_program_say_the_same(directory, program, report, tmp_path, no_figures):

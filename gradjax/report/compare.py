@@ -28,11 +28,12 @@ from gradjax.report.matching import ROUNDING, Matched, Rows, match
 from gradjax.report.ranks import auroc
 from gradjax.storage.results import ALL, KEY, RunValues, example_values
 
+RATIO = ["ratio", "ratio_ci_low", "ratio_ci_high"]
 COLUMNS = [
     *("comparison", "statistic", "projection", "n_high", "n_low", "mean_high", "mean_low", "gap"),
     *("ci_low", "ci_high", "auroc", "cliffs_delta", "p_adjusted", "matched_pairs", "matched_gap"),
-    *("matched_ci_low", "matched_ci_high", "beyond_length", "ratio", "ratio_ci_low"),
-    *("ratio_ci_high", "clusters_high", "clusters_low", "duplicates", "paired", "beyond_loss"),
+    *("matched_ci_low", "matched_ci_high", "beyond_length", *RATIO),
+    *("clusters_high", "clusters_low", "duplicates", "paired", "beyond_loss"),
 ]
 _TABLE = [
     *(column for column in COLUMNS if column != "p_adjusted"),
@@ -157,7 +158,7 @@ def settled(comparisons: Sequence[Comparison]) -> list[Comparison]:
     answers: dict[tuple[int, str, tuple[str, str]], str] = {}
     for headline in (True, False):
         family = [one for one in asked if (one.name in HEADLINE) == headline]
-        for one, p in zip(family, _holm([one.effect.p for one in family]), strict=True):
+        for one, p in zip(family, holm([one.effect.p for one in family]), strict=True):
             negligible = comparisons[one.comparison].negligible
             answers[one.comparison, one.column, one.name] = one.effect.verdict(negligible, p)
     found = []
@@ -182,8 +183,32 @@ class _Asked(NamedTuple):
     effect: Effect
 
 
-def _holm(p: list[float]) -> list[float]:
+def holm(p: Sequence[float]) -> list[float]:
+    """p values, adjusted for one another."""
     return np.asarray(multipletests(p, method="holm")[1]).tolist() if p else []
+
+
+def answers(comparison: Comparison) -> pd.DataFrame:
+    """What the sentence says, as a table: a row per statistic of `HEADLINE`.
+
+    Columns statistic, answer, `RATIO`, beyond_loss and pairs; answers in words.
+    """
+    found = []
+    for row in comparison.table.to_dict("records"):
+        name = row["statistic"], row["projection"]
+        if name in HEADLINE:
+            at_loss = comparison.loss_effects.get(name)
+            loss_ratio = float(np.exp(at_loss.log_ratio)) if at_loss else np.nan
+            found.append(
+                {
+                    "statistic": row["statistic"],
+                    "answer": answer(row["beyond_length"], row["ratio"]),
+                    **{column: row[column] for column in RATIO},
+                    "beyond_loss": answer(row["beyond_loss"], loss_ratio),
+                    "pairs": len(comparison.deciding.pairs),
+                }
+            )
+    return pd.DataFrame(found)
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -255,28 +280,33 @@ def format_gaps(comparison: Comparison) -> str:
     return f"{title}\n{pd.DataFrame.from_dict(rows, orient='index').to_string()}"
 
 
+def answer(verdict: str, ratio: float) -> str:
+    """A verdict in words."""
+    if verdict == "yes":
+        return f"yes, {'larger' if ratio > 1 else 'smaller'}"
+    return "yes, but negligible" if verdict == "negligible" else verdict
+
+
+def interval(ratio: float, low: float, high: float) -> str:
+    """A ratio with the ends of its interval."""
+    return f"{_short(ratio)} [{_short(low)}, {_short(high)}]"
+
+
 def _said(comparison: Comparison, row: dict[Hashable, Any]) -> str:
     statistic, verdict = row["statistic"], row["beyond_length"]
     effect = comparison.effects.get((statistic, ALL))
     name = statistic.replace("_", " ")
-    if not effect:
+    if not effect or not effect.balanced:
         return f"{name} undecided"
-    low, high = np.exp(effect.log_interval)
-    ratio = float(np.exp(effect.log_ratio))
-    size = f"ratio {_short(ratio)} [{_short(low)}, {_short(high)}]"
-    side = f"{'larger' if effect.log_ratio > 0 else 'smaller'} in {comparison.high}"
-    if verdict == "yes":
-        return f"{name} yes, {side}, {size}"
-    if verdict == "negligible":
-        return f"{name} yes, but negligible, {size}"
-    if verdict == "no":
-        return f"{name} no, {size}"
-    if not effect.balanced:
-        return f"{name} undecided"
+    ratio, low, high = (row[column] for column in RATIO)
+    where = f" in {comparison.high}" if verdict == "yes" else ""
+    said = f"{name} {answer(verdict, ratio)}{where}, ratio {interval(ratio, low, high)}"
+    if verdict != "undecided":
+        return said
     if not low <= 1 <= high:
-        return f"{name} undecided, {size}, which may be chance among so many verdicts"
+        return f"{said}, which may be chance among so many verdicts"
     needed = effect.pairs_to_decide(comparison.negligible)
-    return f"{name} undecided, {size}; about {needed:,} such pairs would decide"
+    return f"{said}; about {needed:,} such pairs would decide"
 
 
 def _short(ratio: float) -> str:
@@ -391,7 +421,7 @@ def _table(whole: _Compared, alone: _Compared | None, deciding: _Compared) -> li
                 **pairs,
                 **_shown("matched", effect),
                 **_shown("equal_length", alone.effects.get(name) if alone else None),
-                **_ratio(deciding.effects.get(name)),
+                **ratio_columns(deciding.effects.get(name)),
                 "rank_effect": _rank_effect(ours, theirs, *logs),
             }
         )
@@ -444,11 +474,12 @@ def _both(column: pd.Series, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
     return high, low
 
 
-def _ratio(effect: Effect | None) -> dict[str, float]:
+def ratio_columns(effect: Effect | None) -> dict[str, float]:
+    """High over low with its interval; nothing where there is no effect."""
     if effect is None:
         return {}
-    low, high = np.exp(effect.log_interval)
-    return {"ratio": np.exp(effect.log_ratio), "ratio_ci_low": low, "ratio_ci_high": high}
+    logs = [effect.log_ratio, *effect.log_interval]
+    return dict(zip(RATIO, np.exp(logs).tolist(), strict=True))
 
 
 def _shown(view: str, effect: Effect | None) -> dict[str, float]:

@@ -6,7 +6,7 @@ smaller than 8 points. Figures are matplotlib's own objects, without pyplot and 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -15,9 +15,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    StrMethodFormatter,
+)
 
 from gradjax.storage.filesystem import whole_file
 from gradjax.storage.results import ALL, KEY, RunValues, example_values
@@ -25,6 +32,7 @@ from gradjax.storage.store import read_table
 from gradjax.structs import PROJECTIONS
 
 MOST_POINTS = 2_000  # of a group in a scatter plot
+FEWEST = 10  # examples that a median is drawn of
 _WIDTH = 7.0  # inches
 _SIZE = 8  # of text, in points
 _Z = 1.96  # standard errors to either end of a 95 % interval
@@ -32,6 +40,7 @@ _LONGEST = 30  # characters of a name
 _LINE = 110  # characters fit side by side
 _SIGN = 12  # of which the sign before a label in the legend takes so many
 _POINTS = 100  # of a spectrum, at most
+_BEYOND = 10  # times the extreme ratios, where an axis of them ends
 _ROUNDING = 1e-7  # of the largest singular value: what its computation leaves of a zero one
 # Okabe and Ito's for colour-blind readers, but for the yellow, which is lost on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -47,7 +56,8 @@ _UNITS = {
 def layer_curves(run: RunValues, high: str, low: str, statistic: str) -> Figure:
     """A statistic's mean over `ok` examples, layer by layer, with its 95 % confidence interval.
 
-    One panel per projection; nuclear norms share one scale. Missing numbers are left out.
+    One panel per projection; nuclear norms, in which groups differ by orders of magnitude, share
+    one logarithmic scale. Missing numbers are left out. Lengths are not controlled for.
 
     Args:
       statistic: one of `gradjax.storage.results.SPECTRAL`.
@@ -61,11 +71,19 @@ def layer_curves(run: RunValues, high: str, low: str, statistic: str) -> Figure:
         for axes, projection in zip(panels[0], run.projections, strict=True):
             by_layer = _by_layer(run, group, projection, statistic)
             means, margin = by_layer["mean"], _Z * by_layer["sem"]
-            _draw(axes, means.index, means, _style(number), (means - margin, means + margin))
+            band = means - margin, means + margin
+            if shared:  # of the logarithm (delta method): no end lies below zero
+                band = means * np.exp(-margin / means), means * np.exp(margin / means)
+            _draw(axes, means.index, means, _style(number), band)
     _label(panels, run.projections, "layer", _UNITS[statistic])
     for axes in panels[0]:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    _entitle(figure, run, "means over examples, 95 % confidence intervals (± 1.96 standard errors)")
+    if shared:
+        panels[0, 0].set_yscale("log")
+        _number_decades(panels[0, 0].yaxis)
+    _entitle(
+        figure, run, "means, not controlled for length, 95 % intervals (± 1.96 standard errors)"
+    )
     _explain(figure, [(_style(i), _counted(run, g)) for i, g in enumerate((high, low))])
     return figure
 
@@ -112,11 +130,68 @@ def spectra(run: RunValues, groups: Sequence[str], layers: Sequence[int]) -> Fig
     return figure
 
 
+def forest(answers: pd.DataFrame) -> Figure:
+    """The ratios of all comparisons with their intervals, one panel per statistic.
+
+    Args:
+      answers: columns name (of a comparison), statistic, ratio, ratio_ci_low, ratio_ci_high (NaN
+        where there is none), answer (in words) and pairs.
+    """
+    statistics, names = answers["statistic"].unique(), answers["name"].unique()
+    height = 1 + 0.45 * len(names)
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    words: dict[str, Any] = {"ha": "center", "fontsize": _SIZE, "bbox": ground}
+    figure, panels = _panels(1, len(statistics), height, sharex=False, sharey=True)
+    for axes, statistic in zip(panels[0], statistics, strict=True):
+        rows = answers[answers["statistic"] == statistic]
+        for place, row in enumerate(rows.to_dict("records")):
+            ends = row["ratio_ci_low"], row["ratio_ci_high"]
+            axes.plot(ends, (place, place), color=_COLOURS[0], linewidth=1.5)
+            decided = row["answer"] != "undecided"
+            axes.plot(row["ratio"], place, **_decided(decided), markersize=6)
+            at = (1.0 if np.isnan(row["ratio"]) else row["ratio"], place)
+            axes.annotate(row["answer"], at, (0, 7), textcoords="offset points", **words)
+        _ratio_axis(axes, "x", rows)
+    pairs = answers.drop_duplicates("name")["pairs"]
+    labels = [f"{_literal(name)}\n{n:,} pairs" for name, n in zip(names, pairs, strict=True)]
+    panels[0, 0].set_yticks(range(len(names)), labels)
+    panels[0, 0].set_ylim(len(names) - 0.5, -0.7)
+    titles = [statistic.replace("_", " ") for statistic in statistics]
+    _label(panels, titles, "high ÷ low, at equal length", "")
+    figure.suptitle("Ratios with 99 % intervals; filled where decided", fontsize=_SIZE)
+    return figure
+
+
+def controlled_curves(effects: pd.DataFrame, title: str) -> Figure:
+    """Layer by layer, by what factor a statistic is larger in high at equal length.
+
+    Args:
+      effects: as `gradjax.report.layers.layer_effects` gives them.
+    """
+    statistics = effects["statistic"].unique()
+    figure, panels = _panels(1, len(statistics), 2.7, sharey=False)
+    for axes, statistic in zip(panels[0], statistics, strict=True):
+        rows = effects[effects["statistic"] == statistic]
+        band = rows["ratio_ci_low"], rows["ratio_ci_high"]
+        _draw(axes, rows["layer"], rows["ratio"], {"color": _COLOURS[0], "linewidth": 1.2}, band)
+        for decided, some in rows.groupby(rows["beyond_length"] != "undecided"):
+            axes.plot(some["layer"], some["ratio"], **_decided(bool(decided)), markersize=3.5)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        _ratio_axis(axes, "y", rows)
+    titles = [statistic.replace("_", " ") for statistic in statistics]
+    _label(panels, titles, "layer", "high ÷ low,\nat equal length")
+    figure.suptitle(f"{_literal(title)}: matched pairs, 99 % intervals", fontsize=_SIZE)
+    words = {True: "decided, adjusted over layers", False: "undecided"}
+    _explain(figure, [(_decided(decided), word) for decided, word in words.items()])
+    return figure
+
+
 def rank_against_length(run: RunValues, high: str, low: str) -> Figure:
     """Each example's effective rank (`all` of `example_values`) against its response's length.
 
-    Lines join the medians of length and rank of the examples in each half-octave of length. They
-    are of all examples; of more than `MOST_POINTS`, that many drawn at random are shown as points.
+    Lines join the medians of length and rank of the examples in each half-octave of length that
+    has at least `FEWEST`. They are of all examples; of more than `MOST_POINTS`, that many drawn at
+    random are shown as points.
 
     Raises:
       GradjaxError: if a group is missing or has no `ok` row.
@@ -124,15 +199,13 @@ def rank_against_length(run: RunValues, high: str, low: str) -> Figure:
     figure, panels = _panels(1, 1, 3.5, sharey=True)
     axes = panels[0, 0]
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     ranks = example_values(run)["effective_rank", ALL]
     legend = []
     for number, group in enumerate((high, low)):
         lengths = run.rows(group).set_index(KEY)["num_target_tokens"]
         examples = pd.DataFrame({"tokens": lengths, "rank": ranks.reindex(lengths.index)}).dropna()
-        medians = examples.groupby(np.floor(2 * np.log2(examples["tokens"]))).median()
+        octaves = examples.groupby(np.floor(2 * np.log2(examples["tokens"])))
+        medians = octaves.median()[octaves.size() >= FEWEST]
         shown = examples.sample(min(len(examples), MOST_POINTS), random_state=0)
         style = _style(number)
         look = {name: style[name] for name in ("color", "marker")}
@@ -141,9 +214,10 @@ def rank_against_length(run: RunValues, high: str, low: str) -> Figure:
         part = f"{len(shown):,} of " if len(shown) < len(examples) else ""
         kept = f" ({part}{len(examples):,} examples{' shown' if part else ''})"
         legend.append((style, _literal(group) + kept))
+    _number_decades(axes.xaxis)
     unit = "effective rank (number of directions),\nmean over layers and projections"
     _label(panels, [""], "length of the response (tokens)", unit)
-    _entitle(figure, run, "examples, and their medians in half-octaves of length")
+    _entitle(figure, run, f"examples, and medians of {FEWEST} and more in half-octaves of length")
     _explain(figure, legend)
     return figure
 
@@ -165,6 +239,7 @@ def models(runs: Sequence[RunValues], high: str, low: str, statistic: str) -> Fi
     figure, panels = _panels(1, len(projections), 2.9, sharey=shared)
     if shared:
         panels[0, 0].set_yscale("log")
+        _number_decades(panels[0, 0].yaxis)
     sides = (("-", high), ("--", low))
     legend: list[tuple[dict[str, Any], str]] = []
     for number, run in enumerate(runs):
@@ -218,9 +293,11 @@ def _quartiles(lists: pa.ListArray) -> tuple[Int[np.ndarray, " k"], Float[np.nda
     return indices, np.where(found > _ROUNDING * found[1, 0], found, np.nan)
 
 
-def _panels(rows: int, columns: int, height: float, sharey: bool) -> tuple[Figure, np.ndarray]:
+def _panels(
+    rows: int, columns: int, height: float, sharey: bool, sharex: bool = True
+) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     for axes in panels.flat:
         axes.tick_params(which="both", labelsize=_SIZE)
         axes.grid(linewidth=0.5, alpha=0.4)
@@ -244,6 +321,37 @@ def _draw(axes: Axes, x: Any, y: Any, style: dict[str, Any], band: tuple | None 
     if band:
         axes.fill_between(x, *band, color=style["color"], alpha=0.2, linewidth=0)
     axes.plot(x, y, **style, markevery=max(len(x) // 8, 1))
+
+
+def _number_decades(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _ratio_axis(axes: Axes, which: Literal["x", "y"], rows: pd.DataFrame) -> None:
+    """A logarithmic axis of ratios with a line at 1; intervals may go beyond it."""
+    (axes.axvline if which == "x" else axes.axhline)(1, color="black", linewidth=0.8)
+    axes.set(**{f"{which}scale": "log"})
+    ratios = rows["ratio"].dropna()
+    least, most = min(ratios.min(), 1) / _BEYOND, max(ratios.max(), 1) * _BEYOND
+    low = min(np.nanmax([rows["ratio_ci_low"].min(), least]), 1) if len(ratios) else 0.5
+    high = max(np.nanmin([rows["ratio_ci_high"].max(), most]), 1) if len(ratios) else 2
+    room = (high / low) ** 0.15
+    axes.set(**{f"{which}lim": (low / room, high * room)})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    _number_decades(axis)
+    if high < 3 * low:
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_minor_locator(NullLocator())
+
+
+def _decided(decided: bool) -> dict[str, Any]:
+    """How the marker of a ratio looks."""
+    fill = _COLOURS[0] if decided else "white"
+    return {"marker": "o", "linestyle": "", "color": _COLOURS[0], "markerfacecolor": fill}
 
 
 def _label(panels: np.ndarray, titles: Sequence[str], x: str, y: str) -> None:

@@ -52,13 +52,16 @@ class FigureImage:
 class Page:
     """What a report says, in the order in which the page shows it.
 
-    `examples` has the columns group, example_id, status, reason, num_tokens, num_target_tokens,
-    truncated, loss, effective_rank, nuclear_norm, instruction and output, null where unknown;
-    `outliers` has `why` besides. `not_used` has group, status, reason and rows.
+    `answers` has a line per comparison, `verdicts` a sentence. `examples` has the columns group,
+    example_id, status, reason, num_tokens, num_target_tokens, truncated, loss, effective_rank,
+    nuclear_norm, instruction and output, null where unknown; `outliers` has `why` besides.
+    `not_used` has group, status, reason and rows.
     """
 
     title: str
-    verdicts: Sequence[str]  # one sentence per comparison
+    answers: pd.DataFrame
+    verdicts: Sequence[str]
+    overview: Sequence[FigureImage]  # what the verdicts rest on
     rule: str  # by which the verdicts are found; paragraphs are set apart by empty lines
     tables: Sequence[Table]
     figures: Sequence[FigureImage]

@@ -1,9 +1,11 @@
 """Stores -> comparisons, tables, figures and the page: what `gradjax report` writes."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,18 @@ from gradjax.config import NEGLIGIBLE, as_directory
 from gradjax.errors import GradjaxError
 from gradjax.report import figures, tables
 from gradjax.report.clusters import with_clusters
-from gradjax.report.compare import COLUMNS, Comparison, adjusted, compare, sentence, settled
+from gradjax.report.compare import (
+    COLUMNS,
+    RATIO,
+    Comparison,
+    adjusted,
+    answers,
+    compare,
+    interval,
+    sentence,
+    settled,
+)
+from gradjax.report.layers import layer_effects
 from gradjax.report.length import rule
 from gradjax.report.page import FigureImage, Page, Table, write_page
 from gradjax.report.published import SOURCE, beside, published
@@ -83,32 +96,48 @@ def write_report(config: ReportConfig) -> Written:
     directory = _output_directory(config, runs[0])
     pairs = chosen_pairs(runs[0], config.compare)
     logging.info("Comparing %d groups", len({group for pair in pairs for group in pair}))
+    asked = list(itertools.product(zip(runs, equal or [None] * len(runs), strict=True), pairs))
     comparisons = settled(
-        [
-            compare(run, high, low, alone, config.negligible)
-            for run, alone in zip(runs, equal or [None] * len(runs), strict=True)
-            for high, low in pairs
-        ]
+        [compare(run, *pair, alone, config.negligible) for (run, alone), pair in asked]
     )
+    several = len(runs) > 1
     verdicts = tuple(
-        f"{one.model}: {sentence(one)}" if len(runs) > 1 else sentence(one) for one in comparisons
+        f"{one.model}: {sentence(one)}" if several else sentence(one) for one in comparisons
     )
     paper = {run.name: published(_model(run), config.published) for run in runs if config.published}
     try:
         (directory / "figures").mkdir(parents=True, exist_ok=True)
         shown = [
             _rows_by_status(directory, [*runs, *equal]),
-            *_statistics(directory, comparisons, len(runs) > 1),
+            *_statistics(directory, comparisons, several),
             *_paper_tables(directory, config.by, runs, pairs, paper),
         ]
-        drawn = list(_figures(directory / "figures", runs, pairs))
+        by_layer = [
+            layer_effects(alone if alone and one.primary == "equal_length" else run, one)
+            for ((run, alone), _), one in zip(asked, comparisons, strict=True)
+        ]
+        _write_layers(directory, comparisons, by_layer, several)
+        overview = _overview(comparisons, by_layer, several)
+        drawn = _figures(directory, [*overview, *_drawings(runs, pairs)])
     except OSError as error:
         raise GradjaxError(
             f"{directory} cannot be written ({error.strerror}); give an --output_dir that can"
         ) from error
-    write_page(
-        directory / "report.html", _page(runs[0], verdicts, rule(config.negligible), shown, drawn)
+    examples = _examples(runs[0])
+    page = Page(
+        title=f"gradjax report: {runs[0].name}",
+        answers=_first_screen(comparisons, several),
+        verdicts=verdicts,
+        overview=drawn[: len(overview)],
+        rule=rule(config.negligible),
+        tables=shown,
+        figures=drawn[len(overview) :],
+        examples=examples,
+        outliers=_outliers(examples),
+        not_used=_not_used(examples),
+        manifest=runs[0].manifest,
     )
+    write_page(directory / "report.html", page)
     return Written(directory, verdicts)
 
 
@@ -261,19 +290,83 @@ _SPECTRA_NOTE = f"Means over examples per layer and projection, then over layers
 _SIMILARITY_NOTE = f"Mean cosines of two gradients, within and between layers, as in {SOURCE}."
 
 
-def _figures(
-    folder: Path, runs: Sequence[RunValues], pairs: list[tuple[str, str]]
-) -> Iterator[FigureImage]:
-    for caption, name, figure in _drawings(runs, pairs):
-        path = folder / _file_name(name)
-        figures.save(figure, path)
-        yield FigureImage(caption, path.with_name(f"{path.name}.svg").read_bytes())
+def _title(comparison: Comparison, several: bool) -> str:
+    groups = f"{comparison.high} against {comparison.low}"
+    return f"{comparison.model}: {groups}" if several else groups
 
 
-def _drawings(
-    runs: Sequence[RunValues], pairs: list[tuple[str, str]]
-) -> Iterator[tuple[str, str, Figure]]:
-    """Caption, name and drawing of each figure."""
+def _first_screen(comparisons: Sequence[Comparison], several: bool) -> pd.DataFrame:
+    """A line per comparison: what its sentence says."""
+    lines = []
+    for one in comparisons:
+        line = {"comparison": _title(one, several), "pairs": len(one.deciding.pairs)}
+        for row in answers(one).to_dict("records"):
+            word = row["statistic"].replace("_", " ")
+            line[word] = row["answer"]
+            line[f"{word}, high ÷ low [99 %]"] = (
+                interval(*(row[column] for column in RATIO)) if row["ratio"] > 0 else None
+            )
+            line[f"{word}, beyond loss too"] = row["beyond_loss"]
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _write_layers(
+    directory: Path,
+    comparisons: Sequence[Comparison],
+    by_layer: Sequence[pd.DataFrame],
+    several: bool,
+) -> None:
+    """`layers.csv`: the effects by layer."""
+    named = zip(comparisons, by_layer, strict=True)
+    whole = pd.concat([effects.assign(model=one.model) for one, effects in named])
+    columns = [name for name in by_layer[0] if name != "model"]
+    whole[["model", *columns] if several else columns].to_csv(directory / "layers.csv", index=False)
+
+
+class _Drawing(NamedTuple):
+    """A figure that is to be saved, under a name."""
+
+    caption: str
+    name: str
+    figure: Figure
+
+
+def _overview(
+    comparisons: Sequence[Comparison], by_layer: Sequence[pd.DataFrame], several: bool
+) -> list[_Drawing]:
+    """What the verdicts rest on: all ratios in one figure, and each comparison by layer."""
+    found = [answers(one).assign(name=_title(one, several)) for one in comparisons]
+    caption = "Ratios of all comparisons at equal length, with 99 % intervals"
+    drawings = [_Drawing(caption, "verdicts", figures.forest(pd.concat(found)))]
+    for one, effects in zip(comparisons, by_layer, strict=True):
+        if effects["ratio"].notna().any():
+            title = _title(one, several)
+            caption = f"By layer, at equal length (matched pairs), {title}"
+            name = "_".join([one.model] * several + [one.high, one.low, "by_layer"])
+            drawings.append(_Drawing(caption, name, figures.controlled_curves(effects, title)))
+    return drawings
+
+
+def _figures(directory: Path, drawings: Iterable[_Drawing]) -> list[FigureImage]:
+    """Saves figures and their list, `figures.csv`; figures of an earlier list are removed."""
+    folder, listing = directory / "figures", directory / "figures.csv"
+    before = set(pd.read_csv(listing)["name"]) if listing.exists() else set()
+    saved, images = {}, []
+    for drawing in drawings:
+        name = _file_name(drawing.name)
+        figures.save(drawing.figure, folder / name)
+        images.append(FigureImage(drawing.caption, (folder / f"{name}.svg").read_bytes()))
+        saved[name] = drawing.caption
+    for name in before - saved.keys():
+        for suffix in ("png", "svg"):
+            (folder / f"{_file_name(str(name))}.{suffix}").unlink(missing_ok=True)
+    pd.DataFrame(saved.items(), columns=["name", "caption"]).to_csv(listing, index=False)
+    return images
+
+
+def _drawings(runs: Sequence[RunValues], pairs: list[tuple[str, str]]) -> Iterator[_Drawing]:
+    """What describes the groups."""
     for run in runs:
         where = f"{run.name}: " if len(runs) > 1 else ""
         which = f"{run.name}_" if len(runs) > 1 else ""
@@ -282,53 +375,43 @@ def _drawings(
             title, name = f"{where}{high} against {low}", f"{which}{high}_{low}"
             for statistic, word in tables.SPECTRA.items():
                 drawn = figures.layer_curves(run, high, low, statistic)
-                yield f"{word} by layer, {title}", f"{name}_{statistic}", drawn
+                caption = f"{word} by layer, not controlled for length, {title}"
+                yield _Drawing(caption, f"{name}_{statistic}", drawn)
             drawn = figures.rank_against_length(run, high, low)
-            yield f"Effective rank against response length, {title}", f"{name}_length", drawn
+            caption = f"Effective rank against response length, {title}"
+            yield _Drawing(caption, f"{name}_length", drawn)
             some = [layers[0], layers[len(layers) // 2], layers[-1]]
             drawn = figures.spectra(run, (high, low), sorted(set(some)))
             if drawn:
-                yield f"Singular values, {title}", f"{name}_spectra", drawn
+                yield _Drawing(f"Singular values, {title}", f"{name}_spectra", drawn)
     if len(runs) > 1:
         for high, low in pairs:
             for statistic, word in tables.SPECTRA.items():
                 drawn = figures.models(runs, high, low, statistic)
-                yield (
-                    f"{word} by model, {high} against {low}",
+                yield _Drawing(
+                    f"{word} by model, not controlled for length, {high} against {low}",
                     f"models_{high}_{low}_{statistic}",
                     drawn,
                 )
 
 
-def _page(
-    run: RunValues,
-    verdicts: Sequence[str],
-    the_rule: str,
-    shown: Sequence[Table],
-    drawn: Sequence[FigureImage],
-) -> Page:
-    """The page; its lists of examples are of the first run."""
+def _examples(run: RunValues) -> pd.DataFrame:
+    """What the page lists of examples: those of one run, group by group."""
     texts = read_table(run.directory, "examples", [*KEY, "instruction", "output"]).to_pandas()
     values = example_values(run)
     means = {name: values[name, ALL] for name in ("effective_rank", "nuclear_norm")}
     examples = run.examples.join(pd.DataFrame(means), on=KEY).merge(texts, on=KEY)
     order = {group: number for number, group in enumerate(run.groups)}
-    examples = examples.sort_values(
+    return examples.sort_values(
         KEY, key=lambda column: column.map(order) if column.name == "group" else column
     )
+
+
+def _not_used(examples: pd.DataFrame) -> pd.DataFrame:
+    """How many rows of a group were not used for each reason."""
     unused = examples[examples["status"] != "ok"]
     counted = unused.groupby(["group", "status", "reason"], sort=False).size().rename("rows")
-    return Page(
-        title=f"gradjax report: {run.name}",
-        verdicts=verdicts,
-        rule=the_rule,
-        tables=shown,
-        figures=drawn,
-        examples=examples,
-        outliers=_outliers(examples),
-        not_used=counted.reset_index(),
-        manifest=run.manifest,
-    )
+    return counted.reset_index()
 
 
 def _outliers(examples: pd.DataFrame) -> pd.DataFrame:

@@ -135,10 +135,16 @@ def read_matrices(
         yield matrices
 
 
-def example_means(matrices: pd.DataFrame, statistics: Sequence[str]) -> pd.DataFrame:
-    """Means over layers, over `KEY`, with columns (statistic, projection)."""
-    means = matrices.groupby([*KEY, "projection"])[list(statistics)].mean()
-    return pd.DataFrame(means.unstack("projection"))
+def example_means(
+    matrices: pd.DataFrame, statistics: Sequence[str], by: str = "projection"
+) -> pd.DataFrame:
+    """Means over layers, over `KEY`, with columns (statistic, projection).
+
+    Args:
+      by: `layer` for means over projections, with columns (statistic, layer).
+    """
+    means = matrices.groupby([*KEY, by])[list(statistics)].mean()
+    return pd.DataFrame(means.unstack(by))
 
 
 def summed_up(shards: Iterable[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:

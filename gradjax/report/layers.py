@@ -1,0 +1,58 @@
+"""Layer by layer: by what factor a statistic is larger in one group at equal length."""
+
+import numpy as np
+import pandas as pd
+
+from gradjax.report.compare import HEADLINE, RATIO, Comparison, holm, ratio_columns
+from gradjax.report.length import matched_effect
+from gradjax.storage.results import KEY, RunValues, example_means, read_matrices
+
+STATISTICS = [statistic for statistic, _ in HEADLINE]
+
+
+def layer_effects(run: RunValues, comparison: Comparison) -> pd.DataFrame:
+    """The effects among the pairs that decide, of each example's mean over projections.
+
+    Args:
+      run: the one that decides.
+
+    Returns:
+      Columns comparison, statistic, layer, ratio, ratio_ci_low, ratio_ci_high (99 %, of one layer)
+      and beyond_length, which is adjusted over the layers of a statistic (Holm).
+
+    Raises:
+      GradjaxError: if a shard of the run cannot be read.
+    """
+    values = _values(run, [comparison.high, comparison.low])
+    sides = [
+        values.reindex(pd.MultiIndex.from_frame(run.rows(group)[KEY]))
+        for group in (comparison.high, comparison.low)
+    ]
+    found = []
+    for statistic in STATISTICS:
+        effects = {
+            layer: matched_effect(
+                comparison.deciding, *(side[statistic, layer].to_numpy(float) for side in sides)
+            )
+            for layer in run.layers
+        }
+        known = {layer: effect for layer, effect in effects.items() if effect and effect.balanced}
+        adjusted = dict(zip(known, holm([effect.p for effect in known.values()]), strict=True))
+        for layer, effect in effects.items():
+            verdict = "undecided"
+            if layer in known:
+                verdict = known[layer].verdict(comparison.negligible, adjusted[layer])
+            row = {"statistic": statistic, "layer": layer, "beyond_length": verdict}
+            found.append(row | ratio_columns(effect))
+    columns = ["comparison", "statistic", "layer", *RATIO, "beyond_length"]
+    return pd.DataFrame(found).assign(comparison=comparison.name).reindex(columns=columns)
+
+
+def _values(run: RunValues, groups: list[str]) -> pd.DataFrame:
+    """Means over projections of the groups' examples; columns (statistic, layer)."""
+    parts = []
+    for matrices in read_matrices(run.directory, run.layers):
+        chosen = matrices[matrices["group"].isin(groups)]
+        if len(chosen):
+            parts.append(example_means(chosen, STATISTICS, by="layer").astype(np.float32))
+    return pd.concat(parts)
