@@ -407,8 +407,34 @@ def test_published_numbers_stand_beside_measured_ones(tmp_path, no_figures):
     assert row["gap_difference"] == pytest.approx(row["gap"] - row["published_gap"])
     with pytest.raises(GradjaxError, match="wizardlm/reward"):
         published("qwen2.5_7b", "wizardlm/nothing")
+    with pytest.raises(GradjaxError, match="prints magpie/difficulty .* tables 2, 4, 25, 26; give"):
+        published("qwen2.5_7b", "magpie/difficulty:27")
     with pytest.raises(GradjaxError, match="gemma2_2b"):
         published("made-up", "wizardlm/reward")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "norm", "cosine", "tables"),
+    [
+        # nuclear norm of k in high, cosine of adjacent k in low, as the tables print them
+        ("magpie/difficulty", 1.7, -0.1e-3, (2, 4)),
+        ("magpie/difficulty:2", 1.7, -0.1e-3, (2, 4)),
+        ("magpie/difficulty:4", 1.7, -0.1e-3, (2, 4)),
+        ("magpie/difficulty:25", 1.8, -7.1e-5, (25, 26)),
+        ("magpie/difficulty:26", 1.8, -7.1e-5, (25, 26)),
+        ("reasoning/difficulty", 1.0, -2e-3, (2, 4)),
+        ("reasoning/difficulty:27", 1.1, -2.7e-3, (27, 28)),
+        ("reasoning/difficulty:28", 1.1, -2.7e-3, (27, 28)),
+    ],
+)
+def test_an_experiment_that_is_printed_twice_is_as_the_table_asked_for_has_it(
+    experiment, norm, cosine, tables
+):
+    spectra, similarity = published("qwen2.5_7b", experiment)
+    assert (len(spectra), len(similarity)) == (8, 6)
+    assert spectra.loc[("nuclear_norm", "k"), "high"] == norm
+    assert similarity.loc[("cross_layer", "k"), "low"] == pytest.approx(cosine)
+    assert (*spectra["table"].unique(), *similarity["table"].unique()) == tables
 
 
 def test_separated_groups_have_an_interval_of_auroc():

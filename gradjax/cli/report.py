@@ -11,7 +11,8 @@ COMPARE = "HIGH:LOW, two groups, repeatable (default: the first group with each 
 EQUAL_LENGTH = """a run of the same rows with --target_tokens=N: decides where fewer than half
 of the rows can be matched on length; one per --run, in the same order"""
 BY = "the spectra table has a line per projection (as in the paper), layer or example"
-PUBLISHED = "DATASET/METRIC: shows the paper's numbers for the run's model beside the measured ones"
+PUBLISHED = """DATASET/METRIC: shows the paper's numbers for the run's model beside the measured
+ones; DATASET/METRIC:TABLE: as that table prints them (default: the first that does)"""
 PAIR_BY = """column of the data that says which rows of the groups are pairs (default: those of one
 prompt)"""
 CLUSTER_BY = """column of the data that says which rows count together (default: those of one
