@@ -437,6 +437,14 @@ def test_an_experiment_that_is_printed_twice_is_as_the_table_asked_for_has_it(
     assert (*spectra["table"].unique(), *similarity["table"].unique()) == tables
 
 
+def test_a_published_gap_is_the_printed_one():
+    spectra, _ = published("qwen2.5_7b", "wizardlm/reward:21")
+    row = spectra.loc[("nuclear_norm", "q")]
+    assert (row["high"], row["low"], row["gap"]) == (1.3, 3.7, -2.4)
+    row = published("qwen2.5_7b", "magpie/difficulty:25")[0].loc[("effective_rank", "k")]
+    assert (row["high"], row["low"], row["gap"]) == (95.9, 83.9, 12.1)  # of numbers not rounded
+
+
 def test_separated_groups_have_an_interval_of_auroc():
     found = difference(np.arange(20) + 100.0, np.arange(20.0))
     assert found["auroc"] == found["auroc_high"] == 1

@@ -19,7 +19,7 @@ def published(model: str, experiment: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Returns:
       Frames over (statistic, projection) and (kind, projection) with columns table, high, low,
-      gap.
+      gap: as printed, and of similarities, which have none, high less low.
 
     Raises:
       GradjaxError: if the paper has no such experiment, or does not print it in that table.
@@ -56,7 +56,9 @@ def _of(model: str, experiment: str, name: str, key: str) -> pd.DataFrame:
     whole = published_table(name)
     chosen = whole[(whole["model"] == model) & (whole["experiment"] == experiment)]
     chosen = chosen.set_index([key, "projection"])
-    return chosen.assign(gap=chosen["high"] - chosen["low"])[["table", "high", "low", "gap"]]
+    if "gap" not in chosen:
+        chosen = chosen.assign(gap=chosen["high"] - chosen["low"])
+    return chosen[["table", "high", "low", "gap"]]
 
 
 def _nearest(printed: pd.DataFrame, table: int) -> pd.DataFrame:
