@@ -18,6 +18,7 @@ from gradjax.report.compare import COLUMNS, Comparison, adjusted, compare, sente
 from gradjax.report.length import rule
 from gradjax.report.page import FigureImage, Page, Table, write_page
 from gradjax.report.published import SOURCE, beside, published
+from gradjax.report.summary import summary_table
 from gradjax.storage.results import ALL, KEY, RunValues, example_values, read_values
 from gradjax.storage.store import read_table
 
@@ -33,6 +34,7 @@ class ReportConfig:
     compare: tuple[str, ...] = ()
     equal_length_runs: tuple[str, ...] = ()
     output_dir: str | None = None
+    summary: bool = False
     by: str = "projection"
     layers: str = "all"
     published: str | None = None
@@ -50,6 +52,11 @@ class ReportConfig:
             raise GradjaxError(
                 f"--published={self.published}: expected one --compare=HIGH:LOW, the groups that "
                 "the paper compares, and --by=projection"
+            )
+        if self.summary and (self.published or self.by != "projection"):
+            raise GradjaxError(
+                "--summary has none of the tables that --published and --by are about; leave them "
+                "out, or leave out --summary"
             )
         if not self.negligible >= 0:
             raise GradjaxError(
@@ -90,25 +97,35 @@ def write_report(config: ReportConfig) -> Written:
             for high, low in pairs
         ]
     )
+    directories = [run.directory for run in runs for _ in pairs]
+    names = directories if config.summary else [one.model for one in comparisons]
     verdicts = tuple(
-        f"{one.model}: {sentence(one)}" if len(runs) > 1 else sentence(one) for one in comparisons
+        f"{name}: {sentence(one)}" if len(runs) > 1 else sentence(one)
+        for name, one in zip(names, comparisons, strict=True)
     )
     paper = {run.name: published(_model(run), config.published) for run in runs if config.published}
     try:
-        (directory / "figures").mkdir(parents=True, exist_ok=True)
-        shown = [
-            _rows_by_status(directory, [*runs, *equal]),
-            *_statistics(directory, comparisons, len(runs) > 1),
-            *_paper_tables(directory, config.by, runs, pairs, paper),
-        ]
-        drawn = list(_figures(directory / "figures", runs, pairs))
+        directory.mkdir(parents=True, exist_ok=True)
+        shown = [_rows_by_status(directory, [*runs, *equal])]
+        drawn = []
+        if config.summary:
+            summary = summary_table(directories, comparisons)
+            summary.to_csv(directory / "summary.csv", index=False)
+            shown.insert(0, Table("Summary", _SUMMARY_NOTE, summary.drop(columns="verdict")))
+        else:
+            shown += _statistics(directory, comparisons, len(runs) > 1)
+            shown += _paper_tables(directory, config.by, runs, pairs, paper)
+            drawn += _figures(directory / "figures", runs, pairs)
     except OSError as error:
         raise GradjaxError(
             f"{directory} cannot be written ({error.strerror}); give an --output_dir that can"
         ) from error
-    write_page(
-        directory / "report.html", _page(runs[0], verdicts, rule(config.negligible), shown, drawn)
-    )
+    the_rule = rule(config.negligible)
+    if config.summary:
+        page = _summary_page(runs, verdicts, the_rule, shown)
+    else:
+        page = _page(runs[0], verdicts, the_rule, shown, drawn)
+    write_page(directory / "report.html", page)
     return Written(directory, verdicts)
 
 
@@ -152,7 +169,7 @@ def _output_directory(config: ReportConfig, run: RunValues) -> Path:
         return Path(config.output_dir)
     if isinstance(run.directory, str):
         raise GradjaxError(f"--run={run.directory} is a URL; say where to write with --output_dir")
-    return run.directory / "report"
+    return run.directory / ("summary" if config.summary else "report")
 
 
 def _statistics(
@@ -198,6 +215,8 @@ low of the means over examples, with a bootstrap 95 % interval. p: Mann–Whitne
 whole report (Benjamini–Hochberg). Matched gap: at equal length, with its 95 % interval; likewise of
 the equal-length run. Rank effect: percentiles by which high ranks above low in a regression on log
 lengths."""
+_SUMMARY_NOTE = """A line per comparison: each statistic's answer by the rule, adjusted over all
+lines, and its ratio, high over low, with the 99 % interval that decides."""
 _BALANCE_NOTE = """Geometric means of tokens, and the difference of mean logarithms in standard
 deviations, before and after matching."""
 _SHOWN = [
@@ -264,6 +283,7 @@ _SIMILARITY_NOTE = f"Mean cosines of two gradients, within and between layers, a
 def _figures(
     folder: Path, runs: Sequence[RunValues], pairs: list[tuple[str, str]]
 ) -> Iterator[FigureImage]:
+    folder.mkdir(exist_ok=True)
     for caption, name, figure in _drawings(runs, pairs):
         path = folder / _file_name(name)
         figures.save(figure, path)
@@ -316,8 +336,6 @@ def _page(
     examples = examples.sort_values(
         KEY, key=lambda column: column.map(order) if column.name == "group" else column
     )
-    unused = examples[examples["status"] != "ok"]
-    counted = unused.groupby(["group", "status", "reason"], sort=False).size().rename("rows")
     return Page(
         title=f"gradjax report: {run.name}",
         verdicts=verdicts,
@@ -326,9 +344,33 @@ def _page(
         figures=drawn,
         examples=examples,
         outliers=_outliers(examples),
-        not_used=counted.reset_index(),
+        not_used=_not_used(examples, ["group", "status", "reason"]),
         manifest=run.manifest,
     )
+
+
+def _summary_page(
+    runs: Sequence[RunValues], verdicts: Sequence[str], the_rule: str, shown: Sequence[Table]
+) -> Page:
+    """The page of many runs, without figures and examples, which their own reports have."""
+    none = pd.DataFrame(columns=[*KEY, "instruction", "output"])
+    examples = pd.concat([run.examples.assign(run=str(run.directory)) for run in runs])
+    return Page(
+        title=f"gradjax report: summary of {len(runs)} runs",
+        verdicts=verdicts,
+        rule=the_rule,
+        tables=shown,
+        figures=[],
+        examples=none,
+        outliers=none,
+        not_used=_not_used(examples, ["run", "group", "status", "reason"]),
+        manifest={str(run.directory): run.manifest for run in runs},
+    )
+
+
+def _not_used(examples: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    unused = examples[examples["status"] != "ok"]
+    return unused.groupby(columns, sort=False).size().rename("rows").reset_index()
 
 
 def _outliers(examples: pd.DataFrame) -> pd.DataFrame:
