@@ -39,6 +39,7 @@ case "$*" in
     echo start >>"$HOME/starts"
     echo "a line of the log"
     while [[ $(cat "$HOME/behaviour") == hang ]]; do sleep 0.05; done
+    if [[ $(cat "$HOME/behaviour") == killed ]]; then kill -KILL $$; fi
     exit "$(cat "$HOME/behaviour")"
     ;;
   *) echo "unexpected: $*" >&2; exit 2 ;;
@@ -518,6 +519,23 @@ def test_a_run_in_the_cluster_is_left_alone_and_an_ended_one_goes_on(lab: Lab):
         lab.gke(command)
         assert lab.verbs()[-1] == last
     assert "there is no gradjax in c" in lab.gke("delete").err
+
+
+@pytest.mark.parametrize(
+    ("main", "starts", "state"),
+    [(143, 21, "Failed"), ("killed", 1, "Failed"), (3, 1, "Failed"), (0, 1, "")],
+)
+def test_a_pod_is_started_20_times_again_at_most_and_not_if_memory_was_short(
+    lab: Lab, main, starts, state
+):
+    lab.world(mains=[main])
+    said = lab.gke("run").out
+    (home,) = lab.homes()
+    assert (home / "starts").read_text() == "start\n" * starts
+    assert ("killed, as the kernel does where memory is short" in said) == (main == "killed")
+    if state:
+        lab.gke("run")  # goes on
+        assert lab.verbs()[-2:] == ["xpk workload delete", "xpk workload create"]
 
 
 # --- Slurm ---

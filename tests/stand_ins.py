@@ -142,7 +142,15 @@ def play(call: list[str]) -> None:
             # As Kubernetes reads a container's command.
             command = re.sub(r"\$\$|\$\(\w+\)", lambda m: m[0][:1], command)
             environment = {name: os.environ[name] for name in names}
-            result = bash(f"({command})", make_worker("pod"), **environment)
+            home = make_worker("pod", world["mains"][0])
+            (restarts,) = map(int, flags(arguments, "max-restarts"))
+            result = bash(f"({command})", home, **environment)
+            # As xpk's pod failure policy and JobSet's restarts have it.
+            while restarts and result.returncode in (42, *range(127, 256)):
+                restarts -= 1
+                result = bash(f"({command})", home, **environment)
+            if result.returncode:
+                world["jobset"] = "Failed"
             leave(output="" if result.returncode == 0 else result.stderr)
         case ["kubectl", "get", "jobset", name, *_]:
             leave(output=f"{name}:{world['jobset']}" if world["exists"] else "")
