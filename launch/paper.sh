@@ -30,8 +30,8 @@ configs/paper.csv says what the experiments are. Each is a sample of a data set 
 text can hold, so of one turn), its scores, the highest and lowest rows, their spectra, those of
 equally long beginnings of the responses, and a report beside the numbers that the table prints.
 What several experiments share is made once. When the same command is given again, what is finished
-stays and the rest goes on. A step that ends with an error is not finished: so is a score while rows
-lack an answer, and the same command asks for these again.
+stays and the rest goes on. A step that ended with an error is not finished, as scores are not while
+rows lack an answer: the same command asks for these again.
 
 The report of table N is RUN/report_table_N, with the odd number of tables 5 to 60, which come in
 pairs; the summary is in OUTPUT_DIR/summary. Its verdicts are adjusted over all experiments.
