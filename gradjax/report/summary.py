@@ -1,11 +1,14 @@
 """Many runs as one table: a row per comparison, for `gradjax report --summary`."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from gradjax.report.compare import HEADLINE, Comparison, sentence
+from gradjax.storage.results import ALL
+
+_COLUMNS = ("ratio", "ratio_ci_low", "ratio_ci_high", "beyond_loss")
 
 
 def summary_table(runs: Sequence[Path | str], comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -18,17 +21,14 @@ def summary_table(runs: Sequence[Path | str], comparisons: Sequence[Comparison])
     return pd.DataFrame([_row(run, one) for run, one in zip(runs, comparisons, strict=True)])
 
 
-def _row(run: Path | str, one: Comparison) -> dict[str, object]:
-    table = one.table.set_index(["statistic", "projection"])
-    row: dict[str, object] = {"run": str(run), "comparison": one.name}
-    for name in HEADLINE:
-        of_statistic = table.loc[name]
-        row[name[0]] = of_statistic["beyond_length"]
-        for column in ("ratio", "ratio_ci_low", "ratio_ci_high", "beyond_loss"):
-            row[f"{name[0]}_{column}"] = of_statistic[column]
-    return row | {
-        "n_high": of_statistic["n_high"],
-        "n_low": of_statistic["n_low"],
+def _row(run: Path | str, one: Comparison) -> dict[Hashable, object]:
+    whole = one.table[one.table["projection"] == ALL].to_dict("records")
+    found: dict[Hashable, object] = {"run": str(run), "comparison": one.name}
+    for row in (row for row in whole if (row["statistic"], ALL) in HEADLINE):
+        name = row["statistic"]
+        found[name] = row["beyond_length"]
+        found |= {f"{name}_{column}": row[column] for column in _COLUMNS}
+    return found | {
         "length_auroc": one.length_auroc,
         "decided_by": one.primary,
         "equal_length": one.equal_length,
