@@ -29,7 +29,8 @@ Runs gradjax on the TPUs of a GKE cluster, with xpk.
   bash launch/gke_xpk.sh run --cluster=tpus --type=v5litepod-16 --zone=us-west4-a --project=mine \
     -- --model=qwen2.5_7b --data=good=high.jsonl --output_dir=gs://bucket/high
 
-Preempted pods are started again by the cluster and go on where they stopped; a run that ended, for
+Preempted pods are started again by the cluster, at most 20 times, and go on where they stopped; not
+after an error, nor if the kernel killed the run because memory was short. A run that ended, for
 whatever reason, goes on when the same command is given again. Results go to a bucket, since disks
 go with the pods. Pods get the last commit of this repository and the files named by --data and
 --flagfile, in an image that xpk builds with docker, and install requirements-tpu.txt when they
@@ -79,11 +80,11 @@ submit() {
     environment=(--env-file="$stage.env")
   fi
   command="$unpack && bash code/launch/tpu_worker.sh install"
-  command+=" && bash code/launch/tpu_worker.sh main $(quoted "${flags[@]}")"
-  # Kubernetes reads $$ as $ and may replace $(NAME). A restart follows what ends pods from
-  # outside, not an error of gradjax.
+  command+=" && bash code/launch/tpu_worker.sh pod $(quoted "${flags[@]}")"
+  # Kubernetes reads $$ as $ and may replace $(NAME). A restart follows what ends pods from outside
+  # (xpk: exit status 127 and more), not an error of gradjax nor a lack of memory (see pod).
   run xpk workload create "${where[@]}" --workload="$name" --tpu-type="$type" \
-    --num-slices="$num_slices" --max-restarts=1000 --base-docker-image=python:3.12 \
+    --num-slices="$num_slices" --max-restarts=20 --base-docker-image=python:3.12 \
     --script-dir="$stage" "${environment[@]}" --command="${command//\$/\$\$}" </dev/null
 }
 

@@ -28,6 +28,7 @@ Runs gradjax on a Cloud TPU pod.
   --name=gradjax      of the machines; one run per name
   --runtime=VERSION   of the machines' software (default: the one for the type)
   --spot              cheaper machines that may be taken away at any time
+  --keep_on_error     all keeps the machines if the results cannot be copied, to look at them
   --dry_run           shows the commands, runs none
 
   bash launch/tpu_pod.sh all --type=v5litepod-16 --zone=us-west4-a --project=mine --spot -- \
@@ -36,7 +37,9 @@ Runs gradjax on a Cloud TPU pod.
   bash launch/tpu_pod.sh status --zone=us-west4-a --project=mine
 
 Every command may be given again at any time: a run goes on where it stopped, machines that were
-preempted or failed are asked for anew. Results go to a bucket, since disks go with the machines.
+preempted or failed are asked for anew. Results go to a bucket, since disks go with the machines. A
+run has ended when every worker says so. An error of it keeps the machines, where the same command
+goes on; all gives them back whether or not the results could be copied, which collect does later.
 Workers get the last commit of this repository, the files named by --data and --flagfile, and
 HF_TOKEN if it is set here. Before the first use: gcloud auth login, and for pods with several
 workers ssh-add ~/.ssh/google_compute_engine. POLL_SECONDS (default 30) is the time between looks.
@@ -61,20 +64,23 @@ give_back() {
   expected_state=ABSENT
 }
 
-# Sets state: ABSENT, ACTIVE, ... as the queued resource says, under dry_run the expected one.
+# Sets state: ABSENT, ACTIVE, ... as the queued resource says, under dry_run the expected one; and
+# size, the number of workers, 0 if it is not known.
 look() {
   local error node attempt
+  size=0
   local describe=(gcloud compute tpus queued-resources describe "$name" "${where[@]}")
   if [[ $dry_run ]]; then
     run "${describe[@]}" "--format=value(state.state)"
-    state=$expected_state
+    state=$expected_state size=1
     return
   fi
   for attempt in 1 2 3 4 5; do
     if state=$("${describe[@]}" "--format=value(state.state)" 2>"$stage/error"); then
       # Machines may be gone before the resource says so.
-      node=$(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" "--format=value(state)" \
-        2>/dev/null) || node=""
+      node=$(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" \
+        "--format=value(state,networkEndpoints.len())" 2>/dev/null) || node=""
+      read -r node size <<<"$node"
       if [[ $state == ACTIVE && $node == @(PREEMPTED|TERMINATED) ]]; then state=SUSPENDED; fi
       return
     fi
@@ -192,6 +198,16 @@ begin() {
   esac
 }
 
+# Whether every worker says that its run has ended well: one that cannot be heard may still run.
+ended_well() {
+  local lines
+  lines=$(grep -c ' exited 0$' <<<"$workers") || true
+  ((size && lines >= size)) || {
+    say "${lines:-0} of ${size:-?} workers say that the run has ended"
+    return 1
+  }
+}
+
 # Brings a run that has begun to its end, whatever happens to machines on the way.
 see_through() {
   local troubles=0
@@ -207,14 +223,18 @@ see_through() {
           fail "a worker ended with an error, see above; the machines are still there: give the" \
             "same command to go on, or delete."
           ;;
-        *) return ;;
+        *)
+          if ended_well; then return; fi
+          ((troubles += 1))
+          ;;
       esac
     else
       ((troubles += 1))
     fi
     pause
   done
-  fail "the workers of $name cannot be reached or started; gcloud's messages are above."
+  fail "the workers of $name cannot all be reached or started, see above; the machines are still" \
+    "there: give the same command to go on, or delete."
 }
 
 # --- Commands ---
@@ -229,17 +249,31 @@ status() {
 }
 
 collect() {
-  local index
+  local index copied=true
   run mkdir -p "runs/$name" "runs/$name-logs"
-  run gcloud storage rsync --recursive "$output_dir" "runs/$name" --project="$project"
+  run gcloud storage rsync --recursive "$output_dir" "runs/$name" --project="$project" || copied=""
   look
-  if [[ $state == ACTIVE ]] && look_at_workers; then
-    for ((index = 0; index < $(wc -l <<<"$workers"); index++)); do
+  if [[ $state == ACTIVE ]]; then
+    for ((index = 0; index < size; index++)); do
       run gcloud compute tpus tpu-vm scp "$name:gradjax/log" "runs/$name-logs/worker-$index.log" \
         "${where[@]}" --worker="$index" --quiet </dev/null || say "worker $index has no log"
     done
   fi
+  [[ $copied ]] ||
+    fail "the results were not copied from $output_dir to runs/$name; gcloud's message is above."
   say "the store is in runs/$name"
+}
+
+# The machines cost, and what is in the bucket can be copied later.
+collect_and_give_back() {
+  local copied=true
+  # A failure ends only this shell of its own.
+  (collect) || copied=""
+  if [[ ! $copied && $keep_on_error ]]; then
+    fail "the machines are kept, as --keep_on_error says, and cost: give collect, then delete."
+  fi
+  give_back
+  [[ $copied ]] || fail "the machines are given back; collect copies the results when it can."
 }
 
 delete() {
@@ -263,9 +297,9 @@ if [[ $command == --help ]]; then
   exit
 fi
 need_checkout launch/tpu_pod.sh
-name=gradjax type="" runtime="" spot=""
+name=gradjax type="" runtime="" spot="" keep_on_error=""
 zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_PROJECT:-}
-read_settings "name= type= zone= project= runtime= spot dry_run" "${@:2}"
+read_settings "name= type= zone= project= runtime= spot keep_on_error dry_run" "${@:2}"
 [[ $name =~ ^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$ ]] ||
   fail "--name=$name: expected up to 50 lower-case letters, digits and dashes, a letter first."
 require zone "name the one that has the machines, as in --zone=us-west4-a, or set CLOUDSDK_COMPUTE_ZONE"
@@ -294,8 +328,7 @@ case $command in
     up
     begin || true # what went wrong is tried again
     see_through
-    collect
-    delete
+    collect_and_give_back
     ;;
   up)
     expected_state=ABSENT

@@ -3,6 +3,7 @@
 #
 #   install         makes the environment
 #   main FLAGS      runs gradjax spectra
+#   pod FLAGS       the same in a pod of Kubernetes that xpk made
 #   start FLAGS     the same, detached; nothing if it is running
 #   status [FLAGS]  one line: running, exited STATUS or not running (with these flags)
 #   stop            ends the run
@@ -38,6 +39,24 @@ main() {
   fi
   cd "$here/files"
   exec "$VENV/bin/python" -P -m gradjax.main "$@"
+}
+
+# xpk starts a pod again that ended with status 127 or more. 137 is what the kernel leaves of a
+# process that it killed for lack of memory; the same would happen again, so that it becomes 1.
+pod() {
+  local status=0 pid score
+  score=$(cat /proc/self/oom_score_adj)
+  if [[ ${KUBERNETES_SERVICE_HOST:-} ]]; then
+    # There the kernel kills all of a container together, but for processes of this score.
+    for pid in 1 "$PPID" $$; do echo -1000 >"/proc/$pid/oom_score_adj" || true; done
+  fi
+  bash -c 'echo "$1" >/proc/self/oom_score_adj; exec bash "${@:2}"' \
+    bash "$score" "$0" main "$@" || status=$?
+  if ((status == 137)); then
+    fail "the run was killed, as the kernel does where memory is short, and is not started again;" \
+      "take fewer --batch_tokens, --mesh=fsdp:N or machines with more memory, and run it again."
+  fi
+  return "$status"
 }
 
 # wait_for_end SECONDS: fails if a run still holds the lock then, as whatever is left of it does.
@@ -97,6 +116,6 @@ log() {
 
 case $1 in
   install) install_environment ;;
-  main | start | supervise | status | stop | log) "$@" ;;
+  main | pod | start | supervise | status | stop | log) "$@" ;;
   *) fail "launch/tpu_worker.sh $1: expected one of the commands that it begins with." ;;
 esac

@@ -283,6 +283,23 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path):
     assert "(found 'no answer')" in told
 
 
+def test_rows_without_a_plain_form_are_left_out_where_plain_is_asked_for(tmp_path: Path):
+    asked, answered = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+    system = {"from": "system", "value": "c"}
+    turns = [[asked, answered], [asked, answered] * 2, [system, asked, answered]]
+    write_json(tmp_path / "rows.json", [{"conversations": conversation} for conversation in turns])
+    source, output = str(tmp_path / "rows.json"), tmp_path / "out.jsonl"
+    told = write_sample(DATASETS["openhermes2.5"], source, 99, 0, output)
+    assert "3 of 3 rows" in told
+    told = write_sample(DATASETS["openhermes2.5"], source, 99, 0, output, plain=True)
+    assert "2 of 2 rows" in told
+    assert "1 dropped as invalid_row, the first because 4 turns have no plain form" in told
+    kept = [to_example(row, "", 0).messages for row in read_lines(output)]
+    assert sorted(map(len, kept)) == [2, 3]
+    with pytest.raises(GradjaxError, match=r"--source=FILE --sample=9 --seed=0 --plain --output="):
+        write_sample(DATASETS["gsm8k_r1"], None, 9, 0, output, plain=True)
+
+
 def test_rows_of_another_data_set_are_none_of_this_one(tmp_path: Path):
     rows = [{"instruction": question(i), "output": "Hmm.", "answer": "#### 1"} for i in range(3)]
     write_json(tmp_path / "r1.json", rows)

@@ -39,6 +39,7 @@ case "$*" in
     echo start >>"$HOME/starts"
     echo "a line of the log"
     while [[ $(cat "$HOME/behaviour") == hang ]]; do sleep 0.05; done
+    if [[ $(cat "$HOME/behaviour") == killed ]]; then kill -KILL $$; fi
     exit "$(cat "$HOME/behaviour")"
     ;;
   *) echo "unexpected: $*" >&2; exit 2 ;;
@@ -444,6 +445,37 @@ def test_a_run_that_fails_says_so_and_keeps_the_machines(lab: Lab):
     assert lab.verbs().count("start") == 2
 
 
+@pytest.mark.parametrize("keep", [[], ["--keep_on_error"]])
+def test_machines_are_given_back_whatever_the_copy_does(lab: Lab, keep: list[str]):
+    lab.world(copy=1)
+    given = ["tpu_pod.sh", "all", *TPU, *keep, "--", "--model=demo", BUCKET]
+    result = lab.launch(*given, status=1)
+    assert "the results were not copied from gs://bucket/a run to runs/gradjax" in result.err
+    assert "no such bucket" in result.err
+    assert (lab.verbs()[-1] == DELETE) == (not keep)
+    assert ("the machines are kept, as --keep_on_error says" in result.err) == bool(keep)
+    for index in range(2):  # go with the machines
+        log = (lab.here / "runs" / "gradjax-logs" / f"worker-{index}.log").read_text()
+        assert "exited with status 0" in log
+    lab.world(copy=0)
+    assert "the store is in runs/gradjax" in lab.tpu("collect").err
+
+
+def test_a_run_has_ended_when_every_worker_says_so(lab: Lab):
+    lab.world(unheard=4)
+    result = lab.tpu("all")
+    assert "gradjax: 1 of 2 workers say that the run has ended" in result.err
+    assert lab.verbs()[-1] == DELETE
+
+
+def test_a_worker_that_is_never_heard_has_not_ended(lab: Lab):
+    lab.world(unheard=99)
+    result = lab.tpu("all", status=1)
+    assert "the workers of gradjax cannot all be reached or started" in result.err
+    assert DELETE not in lab.verbs()
+    assert "gcloud storage rsync" not in lab.verbs()
+
+
 def test_without_machines_delete_does_nothing_and_status_says_so(lab: Lab):
     assert "there is no gradjax" in lab.tpu("delete").err
     assert lab.verbs() == []
@@ -487,6 +519,23 @@ def test_a_run_in_the_cluster_is_left_alone_and_an_ended_one_goes_on(lab: Lab):
         lab.gke(command)
         assert lab.verbs()[-1] == last
     assert "there is no gradjax in c" in lab.gke("delete").err
+
+
+@pytest.mark.parametrize(
+    ("main", "starts", "state"),
+    [(143, 21, "Failed"), ("killed", 1, "Failed"), (3, 1, "Failed"), (0, 1, "")],
+)
+def test_a_pod_is_started_20_times_again_at_most_and_not_if_memory_was_short(
+    lab: Lab, main, starts, state
+):
+    lab.world(mains=[main])
+    said = lab.gke("run").out
+    (home,) = lab.homes()
+    assert (home / "starts").read_text() == "start\n" * starts
+    assert ("killed, as the kernel does where memory is short" in said) == (main == "killed")
+    if state:
+        lab.gke("run")  # goes on
+        assert lab.verbs()[-2:] == ["xpk workload delete", "xpk workload create"]
 
 
 # --- Slurm ---

@@ -18,6 +18,7 @@ from gradjax.cli import score, spectra
 from gradjax.cli.app import COMMANDS
 from gradjax.cli.command import parse_flags
 from gradjax.data.catalog import DATASETS
+from gradjax.report.published import published as published_numbers
 from tests.fake_endpoint import Reply, answer, fake_endpoint
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,7 @@ class TestDryRun:
         runs = {flag(f, "output_dir"): f for program, f in shown if program == "spectra"}
         reports = [f for program, f in shown if program == "report"]
         assert len(runs) == len([1 for program, _ in shown if program == "spectra"])
+        assert len(reports) == len({flag(f, "output_dir") for f in reports})
         for row in experiments.itertuples():
             run = f"runs/paper/runs/{row.model}_{row.dataset}_{row.metric}"
             assert flag(runs[run], "flagfile") == str(ROOT / "configs" / f"{row.model}.flags")
@@ -128,18 +130,47 @@ class TestDryRun:
                 data = "runs/paper/data"
                 expected = (f"high={data}/{row.high}.jsonl", f"low={data}/{row.low}.jsonl")
             assert (high, low) == expected
+            equal_length = runs[f"{run}_auto_tokens"]
+            both = [f"--run={run}", f"--equal_length_run={run}_auto_tokens"]
+            assert equal_length[-1] == "--target_tokens=auto"
+            assert [f for f in equal_length[:-1] if not f.startswith("--output_dir=")] == [
+                f for f in runs[run] if not f.startswith("--output_dir=")
+            ]
             if row.kind == "table":
-                paper = ["--compare=high:low", f"--published={row.dataset}/{row.metric}"]
-                assert [f"--run={run}", *paper] in reports
+                number = int(row.number)
+                number -= number > 4 and number % 2 == 0
+                published = f"--published={row.dataset}/{row.metric}:{number}"
+                output = f"--output_dir={run}/report_table_{number}"
+                assert [*both, "--compare=high:low", published, output] in reports
             else:
                 (figure,) = [f for f in reports if "--output_dir=runs/paper/figures/families" in f]
-                assert f"--run={run}" in figure
+                assert both == figure[figure.index(both[0]) :][:2]
+            assert both == reports[-1][reports[-1].index(both[0]) :][:2]
+        assert reports[-1][0] == "--summary"
+        assert len(reports[-1]) == 3 + len(runs)
+
+    def test_published_numbers_are_those_of_the_table(self, experiments, shown):
+        """Each report names a printing that has the table's own numbers."""
+        named = {flag(f, "output_dir"): f for program, f in shown if program == "report"}
+        for row in experiments.query("kind == 'table'").itertuples():
+            number = int(row.number)
+            number -= number > 4 and number % 2 == 0
+            run = f"runs/paper/runs/{row.model}_{row.dataset}_{row.metric}"
+            asked = flag(named[f"{run}/report_table_{number}"], "published")
+            printed = published_numbers(str(row.model), asked)
+            tables = {int(n) for kind in printed for n in kind["table"]}
+            assert int(row.number) in tables, asked
+
+    def test_only_rows_with_a_plain_form_are_drawn(self, shown):
+        assert all("--plain" in flags for program, flags in shown if program == "prepare")
+        flagfiles = {flag(f, "flagfile") for program, f in shown if program == "spectra"}
+        assert all("--prompt_format=plain\n" in Path(file).read_text() for file in flagfiles)
 
     def test_what_is_read_was_written_before(self, shown):
         written: set[str] = set()
         for _, flags in shown:
             for name, _, value in (f.partition("=") for f in flags):
-                if name in ("--data", "--scores", "--run"):
+                if name in ("--data", "--scores", "--run", "--equal_length_run"):
                     path = value.rpartition("=")[2]
                     assert path in written or str(Path(path).parent) in written
             written |= {v for n, _, v in (f.partition("=") for f in flags) if "output" in n}
@@ -169,8 +200,8 @@ class TestDryRun:
         assert flag(scored["magpie_instag"], "judge_model") == "gpt-4o"
 
     def test_one_table_is_the_part_of_all_that_it_needs(self, shown, tmp_path: Path):
-        unscored = ["prepare", "prepare", "spectra", "report"]
-        scored = ["prepare", "score", "select", "spectra", "report"]
+        unscored = ["prepare", "prepare", "spectra", "spectra", "report"]
+        scored = ["prepare", "score", "select", "spectra", "spectra", "report"]
         for table, programs in (("3", unscored), ("4", scored + unscored), ("60", unscored)):
             part = commands(call(ROOT, f"--table={table}", "--dry_run", cwd=tmp_path).out)
             assert [program for program, _ in part] == programs
@@ -179,12 +210,14 @@ class TestDryRun:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((), "give one of --table=N, --figure=NAME and --all"),
+            ((), "give one of --table=N, --figure=NAME, --all and --summary"),
             (("--table=1", "--all"), "give one of"),
             (("--table=61",), "--table=61: configs/paper.csv has no such table; it has tables 1"),
             (("--table=1,qwen2.5_7b",), "configs/paper.csv has no such table"),
             (("--figure=7",), "--figure=7: configs/paper.csv has no such figure"),
             (("--table",), "--table: expected --table=VALUE"),
+            (("--summary",), "--summary: no experiment has run in --output_dir=runs/paper"),
+            (("--table=5", "--target_tokens=0"), "--target_tokens=0: expected a number of at"),
             (("--limit=3",), "flags of gradjax spectra come after --"),
         ],
     )
@@ -197,6 +230,7 @@ def test_help_says_how_to_call_it():
     assert "bash launch/paper.sh --table=N" in shown
     assert "--dry_run" in shown
     assert "gradjax prepare --dataset=NAME --source=FILE --sample=200" in shown
+    assert "--target_tokens=auto" in shown
 
 
 def test_help_says_which_tables_are_of_which_model(experiments: pd.DataFrame):
@@ -217,10 +251,8 @@ for word in "$@"; do
   case $word in
     --output=*) echo data >"${word#*=}"; echo sum >"${word#*=}.sha256" ;;
     --output_dir=*) mkdir -p "${word#*=}" ;;
-    --run=*) run=${word#*=} ;;
   esac
 done
-if [[ $name == report ]]; then mkdir -p "$run/report"; fi
 if [[ ${FAIL:-} == "$name" ]]; then exit 3; fi
 """
 
@@ -245,6 +277,11 @@ class Played:
         )
         return [line.split()[0] for line in self.calls.read_text().splitlines()], said.err
 
+    def lines(self, program: str) -> list[str]:
+        """How the last call of the script called a program."""
+        lines = self.calls.read_text().splitlines()
+        return [line for line in lines if line.startswith(f"{program} ")]
+
 
 def make_venv(folder: Path, gradjax: str, repository: Path = ROOT) -> None:
     """An environment that a repository's scripts take for one with all requirements."""
@@ -262,41 +299,75 @@ def played(tmp_path: Path) -> Played:
 
 
 class TestResuming:
-    ALL = ("prepare", "score", "select", "spectra", "report")
+    ALL = ("prepare", "score", "select", "spectra", "spectra", "report")
     JUDGE = "http://127.0.0.1:1/v1"
 
     def test_what_is_finished_stays(self, played: Played):
         # Table 2 has a scored and an unscored experiment.
-        expected = [*self.ALL, "prepare", "prepare", "spectra", "report"]
+        expected = [*self.ALL, "prepare", "prepare", "spectra", "spectra", "report"]
         called, said = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
         assert called == expected
         called, said = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
         assert called == []
         assert "runs/paper/runs/qwen2.5_7b_magpie_difficulty is there" in said
 
-    def test_a_step_that_fails_is_where_the_next_call_begins(self, played: Played):
-        called, _ = played.run("--table=2", status=3, FAIL="select", JUDGE_BASE_URL=self.JUDGE)
-        assert called == ["prepare", "score", "select"]
+    @pytest.mark.parametrize("step", CALLED)
+    def test_a_step_that_fails_is_where_the_next_call_begins(self, played: Played, step: str):
+        # As score does while rows lack an answer: its output is there all the same.
+        first = self.ALL.index(step)
+        called, _ = played.run("--table=2", status=3, FAIL=step, JUDGE_BASE_URL=self.JUDGE)
+        assert called == [*self.ALL[: first + 1]]
         called, _ = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
-        assert called == [*self.ALL[2:], "prepare", "prepare", "spectra", "report"]
+        # A whole file of rows vouches for itself.
+        again = first + (step == "prepare")
+        expected = [*self.ALL[again:], "prepare", "prepare", "spectra", "spectra", "report"]
+        assert called == expected
+
+    def test_scores_that_lack_answers_are_asked_for_again(self, played: Played):
+        scores = "runs/paper/scores/magpie_difficulty"
+        for _ in range(2):
+            called, _ = played.run("--table=2", status=3, FAIL="score", JUDGE_BASE_URL=self.JUDGE)
+            assert called[-1] == "score"
+            assert (played.here / scores).is_dir()
+            assert not (played.here / f"{scores}.done").exists()
+        called, _ = played.run("--table=2", "--allow_missing", JUDGE_BASE_URL=self.JUDGE)
+        assert called[:2] == ["score", "select"]
+        asked = [line.endswith(" --allow_missing") for line in played.lines("score")]
+        assert asked == [False]  # it stands before --output_dir
+        assert " --allow_missing " in played.lines("score")[0]
+
+    def test_an_output_is_not_vouched_for_by_an_earlier_command(self, played: Played):
+        played.run("--table=3")
+        played.run("--table=3", "--", "--overwrite", status=3, FAIL="spectra")
+        assert played.run("--table=3")[0] == ["spectra", "report"]
 
     def test_what_follows_from_a_new_output_is_made_again(self, played: Played):
         played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
         shutil.rmtree(played.here / "runs/paper/selections/magpie_difficulty")
         called, _ = played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)
-        assert called == ["select", "spectra", "report"]
+        assert called == ["select", "spectra", "spectra", "report"]
 
     def test_other_flags_of_main_are_another_run(self, played: Played):
         played.run("--table=3", "--", "--limit=2")
         assert played.run("--table=3", "--", "--limit=2")[0] == []
-        assert played.run("--table=3")[0] == ["spectra", "report"]
+        assert played.run("--table=3")[0] == ["spectra", "spectra", "report"]
+
+    def test_another_number_of_target_tokens_is_another_run_at_equal_length(self, played: Played):
+        played.run("--table=3")
+        called, _ = played.run("--table=3", "--target_tokens=5")
+        assert called == ["spectra", "report"]
+        assert "_5_tokens --target_tokens=5" in played.lines("spectra")[0]
+        assert played.run("--table=3", "--target_tokens=5")[0] == []
 
     def test_tables_share_what_they_have_in_common(self, played: Played):
-        assert played.run("--table=3")[0] == ["prepare", "prepare", "spectra", "report"]
+        unscored = ["prepare", "prepare", "spectra", "spectra", "report"]
+        assert played.run("--table=3")[0] == unscored
         assert played.run("--table=2", JUDGE_BASE_URL=self.JUDGE)[0][:3] == list(self.ALL[:3])
-        # Of table 28 the run and its report are those of table 2.
-        assert played.run("--table=28")[0] == []
-        assert played.run("--table=12")[0] == ["spectra", "report"]
+        # Of table 28 the runs are those of table 2; its numbers are printed beside those of 27.
+        assert played.run("--table=28")[0] == ["report"]
+        assert "--published=reasoning/difficulty:27" in played.lines("report")[0]
+        assert played.run("--table=27")[0] == []
+        assert played.run("--table=12")[0] == ["spectra", "spectra", "report"]
 
     def test_data_prepared_by_hand_are_taken(self, played: Played):
         data = played.here / "elsewhere/data"
@@ -304,8 +375,20 @@ class TestResuming:
         for name in ("s1.1.jsonl", "s1.1.jsonl.sha256"):
             (data / name).write_text("by hand")
         called, _ = played.run("--table=12", "--output_dir=elsewhere")
-        assert called == ["prepare", "spectra", "report"]
+        assert called == ["prepare", "spectra", "spectra", "report"]
         assert (data / "s1.1.jsonl").read_text() == "by hand"
+
+    def test_data_that_could_not_be_fetched_are_prepared_by_hand(self, played: Played):
+        data = played.here / "runs/paper/data"
+        played.run("--table=12")
+        stamp = data / "gsm8k_r1.jsonl.done"
+        stamp.write_text("as an earlier version drew them\n")
+        called, _ = played.run("--table=12", status=3, FAIL="prepare")
+        assert called == ["prepare"]
+        later = stamp.stat().st_mtime + 9
+        os.utime(data / "gsm8k_r1.jsonl.sha256", (later, later))
+        called, _ = played.run("--table=12")
+        assert called == ["spectra", "spectra", "report"]
 
     def test_more_rows_than_the_paper_has_are_refused(self, played: Played):
         file = played.here / "my runs/data/s1.1.jsonl"
@@ -321,11 +404,12 @@ class TestResuming:
             "--source=FILE",
             "--sample=200",
             "--seed=0",
+            "--plain",
             "--output=my runs/data/s1.1.jsonl",
         ]
         file.write_text("{}\n" * 200)
         called, _ = played.run("--table=11", "--output_dir=my runs")
-        assert called == ["prepare", "spectra", "report"]
+        assert called == ["prepare", "spectra", "spectra", "report"]
 
     def test_a_judge_has_to_be_named_where_it_is_asked(self, played: Played):
         called, said = played.run("--table=2", status=1)
@@ -353,13 +437,30 @@ class TestResuming:
     def test_the_home_directory_may_be_named_by_a_tilde(self, played: Played):
         home = played.here / "R&D"
         played.run("--table=3", "--output_dir=~/x", HOME=str(home))
-        assert (home / "x/runs/qwen2.5_7b_gsm8k_fast_slow/report").is_dir()
+        assert (home / "x/runs/qwen2.5_7b_gsm8k_fast_slow/report_table_3").is_dir()
         assert list(played.here.iterdir()) == [home]
 
     def test_a_figure_has_one_report(self, played: Played):
         called, _ = played.run("--figure=families")
-        assert called == ["prepare", "prepare", *["spectra"] * 9, "report"]
+        assert called == ["prepare", "prepare", *["spectra"] * 18, "report"]
         assert played.run("--figure=families")[0] == []
+
+    def test_the_summary_is_of_what_has_run(self, played: Played):
+        _, said = played.run("--summary", status=1)
+        assert "--summary: no experiment has run in --output_dir=runs/paper" in said
+        played.run("--table=3")
+        played.run("--table=12")
+        played.run("--table=36", status=3, FAIL="spectra")
+        assert played.run("--summary")[0] == ["report"]
+        (report,) = played.lines("report")
+        runs = [Path(word).name for word in report.split() if word.startswith("--run=")]
+        assert runs == ["qwen2.5_7b_gsm8k_fast_slow", "qwen2.5_1.5b_reasoning_difficulty"]
+        assert report.startswith("report --summary --run=")
+        assert report.endswith(" --compare=high:low --output_dir=runs/paper/summary")
+        assert played.run("--summary")[0] == []
+        played.run("--table=36")
+        assert played.run("--summary")[0] == ["report"]
+        played.run("--summary", "--target_tokens=5", status=1)
 
 
 # Real programs, on a machine whose Hub cache holds tiny models and data under the real names.
@@ -477,11 +578,18 @@ def test_fast_and_slow_from_the_data_to_the_report(tmp_path: Path):
     assert (examples["status"] == "ok").all()
     pairs = examples.pivot(index="example_id", columns="group", values="instruction")
     assert (pairs["high"] == pairs["low"]).all()  # the same questions
-    report = real.run_of("qwen2.5_7b_gsm8k_fast_slow") / "report" / "report.html"
-    assert "2504.10766" in report.read_text()
+    report = real.run_of("qwen2.5_7b_gsm8k_fast_slow") / "report_table_3"
+    assert "2504.10766" in (report / "report.html").read_text()
+    control = pd.read_csv(report / "length_control.csv")
+    assert control["equal_length"].notna().all()
     again = real.run("--table=3", "--", "--layers=1")
     assert "is there" in again.err
     assert again.out == ""
+
+    assert "high against low, beyond length: " in real.run("--summary").out
+    summary = pd.read_csv(real.here / "runs/paper/summary/summary.csv")
+    assert summary["run"].tolist() == ["runs/paper/runs/qwen2.5_7b_gsm8k_fast_slow"]
+    assert (real.here / "runs/paper/summary/report.html").exists()
 
 
 @pytest.mark.slow
@@ -521,7 +629,7 @@ def test_scored_experiments_from_the_data_to_the_report(tmp_path: Path):
         run = real.run_of(f"qwen2.5_7b_wizardlm_{metric}")
         examples = pd.read_parquet(run / "examples")
         assert examples.groupby("group").size().to_dict() == {"high": SIZE, "low": SIZE}
-        assert (run / "report" / "report.html").exists()
+        assert (run / "report_table_21" / "report.html").exists()
 
         column = metric.partition("_")[0]
         scores = pd.read_parquet(real.here / f"runs/paper/scores/wizardlm_{metric}/scores")

@@ -408,8 +408,42 @@ def test_published_numbers_stand_beside_measured_ones(tmp_path, no_figures):
     assert row["gap_difference"] == pytest.approx(row["gap"] - row["published_gap"])
     with pytest.raises(GradjaxError, match="wizardlm/reward"):
         published("qwen2.5_7b", "wizardlm/nothing")
+    with pytest.raises(GradjaxError, match=r"magpie/difficulty .* tables 2, 4, 25, 26; give"):
+        published("qwen2.5_7b", "magpie/difficulty:27")
     with pytest.raises(GradjaxError, match="gemma2_2b"):
         published("made-up", "wizardlm/reward")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "norm", "cosine", "tables"),
+    [
+        # nuclear norm of k in high, cosine of adjacent k in low, as the tables print them
+        ("magpie/difficulty", 1.7, -0.1e-3, (2, 4)),
+        ("magpie/difficulty:2", 1.7, -0.1e-3, (2, 4)),
+        ("magpie/difficulty:4", 1.7, -0.1e-3, (2, 4)),
+        ("magpie/difficulty:25", 1.8, -7.1e-5, (25, 26)),
+        ("magpie/difficulty:26", 1.8, -7.1e-5, (25, 26)),
+        ("reasoning/difficulty", 1.0, -2e-3, (2, 4)),
+        ("reasoning/difficulty:27", 1.1, -2.7e-3, (27, 28)),
+        ("reasoning/difficulty:28", 1.1, -2.7e-3, (27, 28)),
+    ],
+)
+def test_an_experiment_that_is_printed_twice_is_as_the_table_asked_for_has_it(
+    experiment, norm, cosine, tables
+):
+    spectra, similarity = published("qwen2.5_7b", experiment)
+    assert (len(spectra), len(similarity)) == (8, 6)
+    assert spectra.loc[("nuclear_norm", "k"), "high"] == norm
+    assert similarity.loc[("cross_layer", "k"), "low"] == pytest.approx(cosine)
+    assert (*spectra["table"].unique(), *similarity["table"].unique()) == tables
+
+
+def test_a_published_gap_is_the_printed_one():
+    spectra, _ = published("qwen2.5_7b", "wizardlm/reward:21")
+    row = spectra.loc[("nuclear_norm", "q")]
+    assert (row["high"], row["low"], row["gap"]) == (1.3, 3.7, -2.4)
+    row = published("qwen2.5_7b", "magpie/difficulty:25")[0].loc[("effective_rank", "k")]
+    assert (row["high"], row["low"], row["gap"]) == (95.9, 83.9, 12.1)  # of numbers not rounded
 
 
 def test_separated_groups_have_an_interval_of_auroc():
@@ -536,6 +570,47 @@ def test_runs_of_one_model_are_told_apart_by_their_directories(directory, tmp_pa
         ReportConfig((str(directory), str(directory)))
 
 
+def test_a_summary_is_one_table_and_one_page_of_all_runs(directory, tmp_path):
+    groups = {"long": draw(4, 31, 80, empty=2), "short": draw(5, 29, 80)}
+    runs = [directory, write_run(tmp_path / "other", groups)]
+    equal = [
+        write_run(tmp_path / f"equal{i}", dict(g), target_tokens=8)
+        for i, g in enumerate(
+            [{"long": draw(1, 97, length=80, norm=0.5, empty=3), "short": draw(2, 89)}, groups]
+        )
+    ]
+    config = ReportConfig(
+        tuple(map(str, runs)),
+        ("long:short",),
+        tuple(map(str, equal)),
+        str(tmp_path / "all"),
+        summary=True,
+    )
+    written = write_report(config)
+    names = {path.name for path in written.directory.iterdir()}
+    assert names == {"summary.csv", "rows.csv", "report.html", "figures", "figures.csv"}
+
+    table = pd.read_csv(written.directory / "summary.csv")
+    assert table["run"].tolist() == [str(run) for run in runs]
+    # The same comparisons as in a report of these runs, adjusted over all of them.
+    own = write_report(dataclasses.replace(config, summary=False, output_dir=str(tmp_path / "own")))
+    whole = pd.read_csv(own.directory / "comparisons.csv").query("projection == 'all'")
+    for statistic in ("nuclear_norm", "effective_rank"):
+        rows = whole[whole["statistic"] == statistic].reset_index(drop=True)
+        for said, verdict in zip(table[statistic], rows["beyond_length"], strict=True):
+            assert said.startswith(verdict)
+        for column in ("ratio", "ratio_ci_low", "ratio_ci_high"):
+            np.testing.assert_allclose(table[f"{statistic}_{column}"], rows[column])
+    for run, sentence_of, said in zip(runs, table["verdict"], written.verdicts, strict=True):
+        assert said == f"{run.name}: {sentence_of}"
+
+    page = (written.directory / "report.html").read_text()
+    assert all(f"{run.name}: long against short, beyond length: " in page for run in runs)
+    assert "empty_response" in page
+    assert page.count("<figure>") == 1  # the forest plot
+    assert 'id="examples"' not in page
+
+
 def run_with(tmp_path: Path, groups: dict[str, Group], **rest) -> str:
     return str(write_run(tmp_path / "run", groups, **rest))
 
@@ -569,6 +644,9 @@ def test_faults_of_flags(tmp_path):
             ReportConfig((str(tmp_path),), (pair,))
     with pytest.raises(GradjaxError, match="expected one --compare"):
         ReportConfig(("a",), published="wizardlm/reward")
+    for rest in ({"published": "wizardlm/reward"}, {"by": "layer"}):
+        with pytest.raises(GradjaxError, match="--summary has none of the tables"):
+            ReportConfig(("a",), ("a:b",), summary=True, **rest)
     with pytest.raises(GradjaxError, match="1 times, --run 2 times"):
         ReportConfig(("a", "b"), equal_length_runs=("c",))
 

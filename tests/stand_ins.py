@@ -28,6 +28,8 @@ world = {
     "node": "READY",  # state of the first machines themselves, while the request is ACTIVE
     "refuse": "",  # message with which a request is refused
     "unseen": 0,  # looks that do not find a request that is there
+    "unheard": 0,  # looks at workers that have all ended well, which the last does not answer
+    "copy": 0,  # exit status of a copy of results
 } | {"exists": False, "life": -1, "looks": 0, "statuses": 0}
 with contextlib.suppress(FileNotFoundError):
     world |= json.loads((FOLDER / "world.json").read_text())
@@ -95,12 +97,16 @@ def play(call: list[str]) -> None:
                 kill_workers()
             leave(output=f"{found}\n")
         case ["gcloud", "compute", "tpus", "tpu-vm", "describe", *_]:
-            leave(output=world["node"] if world["life"] == 0 else "READY")
+            node = world["node"] if world["life"] == 0 else "READY"
+            leave(output=f"{node}\t{world['workers']}\n")
         case ["gcloud", "compute", "tpus", "tpu-vm", "ssh", *_, command]:
             if not (homes := sorted(WORKERS.glob("*"))):
                 leave(1, error="ERROR: there is no such TPU\n")
             done = [bash(command.removeprefix("--command="), home) for home in homes]
             world["statuses"] += "tpu_worker.sh status" in command
+            if all(one.stdout.endswith(" exited 0\n") for one in done):
+                world["unheard"] -= 1
+                done = done[:-1] if world["unheard"] >= 0 else done
             if world["statuses"] >= world["finish_after"]:
                 for home in homes:
                     make_worker(home.name)
@@ -116,6 +122,8 @@ def play(call: list[str]) -> None:
                 for source in sources:
                     shutil.copy(source, home / destination.partition(":")[2])
         case ["gcloud", "storage", "rsync", "--recursive", _, destination, *_]:
+            if world["copy"]:
+                leave(world["copy"], error="ERROR: no such bucket\n")
             (Path(destination) / "run.json").write_text("{}")
         case ["xpk", "workload", "list", *_]:
             leave(output="Jobset Name\n")
@@ -134,7 +142,15 @@ def play(call: list[str]) -> None:
             # As Kubernetes reads a container's command.
             command = re.sub(r"\$\$|\$\(\w+\)", lambda m: m[0][:1], command)
             environment = {name: os.environ[name] for name in names}
-            result = bash(f"({command})", make_worker("pod"), **environment)
+            home = make_worker("pod", world["mains"][0])
+            (restarts,) = map(int, flags(arguments, "max-restarts"))
+            result = bash(f"({command})", home, **environment)
+            # As xpk's pod failure policy and JobSet's restarts have it.
+            while restarts and result.returncode in (42, *range(127, 256)):
+                restarts -= 1
+                result = bash(f"({command})", home, **environment)
+            if result.returncode:
+                world["jobset"] = "Failed"
             leave(output="" if result.returncode == 0 else result.stderr)
         case ["kubectl", "get", "jobset", name, *_]:
             leave(output=f"{name}:{world['jobset']}" if world["exists"] else "")

@@ -12,6 +12,8 @@ from gradjax.errors import GradjaxError
 FLAGS = flags.FlagValues()
 SOURCE = """a local copy as the data set was published: its repository's directory, a .json, .jsonl
 or .parquet file, or a saved datasets directory (default: fetched from the Hub)"""
+PLAIN = """leave out rows that --prompt_format=plain of gradjax spectra cannot take, as those of
+several turns"""
 LIST = "print the registered data sets, and end"
 GROUPS = {
     "Data": [
@@ -26,6 +28,7 @@ GROUPS = {
             flag_values=FLAGS,
         ),
         flags.DEFINE_integer("seed", 0, "seed of the draw", flag_values=FLAGS),
+        flags.DEFINE_boolean("plain", False, PLAIN, FLAGS),
     ],
     "Output": [flags.DEFINE_string("output", None, "the .jsonl file to write", FLAGS)],
 }
@@ -49,7 +52,8 @@ def main() -> None:
         raise GradjaxError(f"--output={output} is a directory; expected the .jsonl file to write")
     from gradjax.data.sample import write_sample
 
-    print(write_sample(dataset, FLAGS.source, FLAGS.sample, FLAGS.seed, output))
+    sample, seed, plain = FLAGS.sample, FLAGS.seed, FLAGS.plain
+    print(write_sample(dataset, FLAGS.source, sample, seed, output, plain=plain))
 
 
 def format_datasets() -> str:

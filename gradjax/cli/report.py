@@ -11,13 +11,16 @@ COMPARE = "HIGH:LOW, two groups, repeatable (default: the first group with each 
 EQUAL_LENGTH = """a run of the same rows with --target_tokens=N: decides where fewer than half
 of the rows can be matched on length; one per --run, in the same order"""
 BY = "the spectra table has a line per projection (as in the paper), layer or example"
-PUBLISHED = "DATASET/METRIC: shows the paper's numbers for the run's model beside the measured ones"
+PUBLISHED = """DATASET/METRIC: shows the paper's numbers for the run's model beside the measured
+ones; DATASET/METRIC:TABLE: as that table prints them (default: the first that does)"""
 PAIR_BY = """column of the data that says which rows of the groups are pairs (default: those of one
 prompt)"""
 CLUSTER_BY = """column of the data that says which rows count together (default: those of one
 prompt)"""
 NO_MATTER = "standard deviations, of what length leaves, that are of no importance"
-OUTPUT_DIR = "where to write (default: report/ in the first run)"
+SUMMARY = """one table (summary.csv) and one page of the verdicts of all runs, instead of tables,
+figures and examples of each"""
+OUTPUT_DIR = "where to write (default: report/, or summary/, in the first run)"
 LAYERS = "all, or numbers and ranges from 0, as in 0-5,8"
 GROUPS = {
     "Runs": [
@@ -33,7 +36,10 @@ GROUPS = {
         flags.DEFINE_float("negligible", NEGLIGIBLE, NO_MATTER, flag_values=FLAGS),
         flags.DEFINE_string("published", None, PUBLISHED, FLAGS),
     ],
-    "Output": [flags.DEFINE_string("output_dir", None, OUTPUT_DIR, FLAGS)],
+    "Output": [
+        flags.DEFINE_boolean("summary", False, SUMMARY, FLAGS),
+        flags.DEFINE_string("output_dir", None, OUTPUT_DIR, FLAGS),
+    ],
 }
 DETAILS = """
 Do the groups differ, and is it more than the length of their responses?
@@ -51,6 +57,7 @@ def main() -> None:
         compare=tuple(FLAGS.compare),
         equal_length_runs=tuple(FLAGS.equal_length_run),
         output_dir=FLAGS.output_dir,
+        summary=FLAGS.summary,
         by=FLAGS.by,
         layers=FLAGS.layers,
         published=FLAGS.published,
@@ -71,6 +78,7 @@ COMMAND = Command(
         "gradjax report --run=runs/mine --equal_length_run=runs/mine_64",
         "gradjax report --run=runs/by_qwen --run=runs/by_gemma --compare=high:low",
         "gradjax report --run=runs/mine --compare=a:b --published=wizardlm/ifd_gpt2",
+        "gradjax report --run=runs/a --run=runs/b --run=runs/c --summary",
     ),
     details=DETAILS,
     groups=GROUPS,

@@ -96,7 +96,8 @@ DATASETS: dict[str, RegisteredDataset] = {
             files="openhermes2_5.json",
             licence="none stated",
             columns=("conversations",),
-            note="conversations of several turns keep them: --prompt_format=chat reads those",
+            note="conversations of several turns keep them: --prompt_format=chat reads those, "
+            "--plain leaves them out",
         ),
         RegisteredDataset(
             name="s1.1",

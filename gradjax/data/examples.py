@@ -148,6 +148,17 @@ def is_single_turn(messages: tuple[Message, ...]) -> bool:
     return roles in (["user", "assistant"], ["system", "user", "assistant"])
 
 
+def plain_fault(example: Example) -> str:
+    """Why `--prompt_format=plain` cannot take an example; "" if it can."""
+    if not is_single_turn(example.messages):
+        return f"{len(example.messages)} turns have no plain form; --prompt_format=chat takes them"
+    if any(message.extra_texts for message in example.messages):
+        return (
+            "tool calls and thoughts of a turn have no plain form; --prompt_format=chat takes them"
+        )
+    return ""
+
+
 def _messages(fields: _Fields, reading: Reading) -> tuple[Message, ...]:
     """The turns of a row. One may carry several forms: what flags ask for comes first."""
     if reading.response_marker and fields.has(name := reading.field or "text"):

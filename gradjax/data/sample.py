@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradjax.data.catalog import RegisteredDataset, fetch
-from gradjax.data.examples import to_example
+from gradjax.data.examples import plain_fault, to_example
 from gradjax.data.sources import registered_rows
 from gradjax.errors import GradjaxError
 from gradjax.storage.filesystem import whole_file
@@ -20,11 +20,14 @@ from gradjax.structs import Example
 class Sample:
     """Rows drawn without replacement from those that gradjax can use, and what was left out.
 
+    With `plain`, rows that `--prompt_format=plain` cannot take are left out as well, with the
+    status that `gradjax spectra` gives them.
     A row's turn is a hash of the seed and its place in the source: a smaller sample is the
     beginning of a larger one, and data sets over the same questions give the same ones.
     """
 
-    def __init__(self, rows: Iterable[object], size: int, seed: int):
+    def __init__(self, rows: Iterable[object], size: int, seed: int, *, plain: bool = False):
+        self.plain = plain
         self.usable = 0
         self.dropped: collections.Counter[str] = collections.Counter()  # by status
         self.reasons: dict[str, str] = {}  # the first of each status
@@ -33,12 +36,15 @@ class Sample:
     def _turns(self, rows: Iterable[object], seed: int) -> Iterator[tuple[bytes, int, Any]]:
         for place, row in enumerate(rows):
             example = to_example(row, "", place)
-            if example.status == "ok":
+            status, reason = example.status, example.reason
+            if self.plain and status == "ok" and (reason := plain_fault(example)):
+                status = "invalid_row"
+            if status == "ok":
                 self.usable += 1
                 yield hashlib.sha256(f"{seed} {place}".encode()).digest(), place, _row(example)
             else:
-                self.dropped[example.status] += 1
-                self.reasons.setdefault(example.status, example.reason)
+                self.dropped[status] += 1
+                self.reasons.setdefault(status, reason)
 
 
 def _row(example: Example) -> dict[str, Any]:
@@ -49,7 +55,13 @@ def _row(example: Example) -> dict[str, Any]:
 
 
 def write_sample(
-    dataset: RegisteredDataset, source: str | None, size: int, seed: int, output: Path
+    dataset: RegisteredDataset,
+    source: str | None,
+    size: int,
+    seed: int,
+    output: Path,
+    *,
+    plain: bool = False,
 ) -> str:
     """Writes a sample as JSON lines, and OUTPUT.sha256; returns what to tell of it.
 
@@ -62,15 +74,16 @@ def write_sample(
       size: rows to draw; all if there are fewer.
       seed: of the draw.
       output: the file to write, in a directory that exists.
+      plain: leave out rows that `--prompt_format=plain` cannot take.
 
     Raises:
       GradjaxError: if the source is missing, unreadable or without a usable row, or the output
         cannot be written.
     """
-    flags = f"--sample={size} --seed={seed} --output={shlex.quote(str(output))}"
+    flags = f"--sample={size} --seed={seed} {'--plain ' * plain}--output={shlex.quote(str(output))}"
     place = Path(source).expanduser() if source else fetch(dataset, flags)
     origin = str(place) if source else f"{dataset.repo} at {place.name}"
-    sample = Sample(registered_rows(dataset, place), size, seed)
+    sample = Sample(registered_rows(dataset, place), size, seed, plain=plain)
     dropped = [
         f"{count} dropped as {status}, the first because {sample.reasons[status]}"
         for status, count in sample.dropped.items()

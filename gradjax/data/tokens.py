@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from gradjax.config import TokenConfig
-from gradjax.data.examples import is_single_turn
+from gradjax.data.examples import plain_fault
 from gradjax.errors import GradjaxError
 from gradjax.structs import Example, Message, Status, TokenizedExample
 
@@ -126,7 +126,7 @@ def _encode_plain(
     the tokenizer appends is no token of the prompt, but one of the response; the reference counts
     it in the prompt, so that there the response's first token is no target.
     """
-    faults = [_no_plain_form(example) for example in examples]
+    faults = [plain_fault(example) for example in examples]
     plain = [example for example, fault in zip(examples, faults, strict=True) if not fault]
     prompts = [example.instruction + "\n" for example in plain]
     texts = [prompt + example.output for prompt, example in zip(prompts, plain, strict=True)]
@@ -141,19 +141,7 @@ def _encode_plain(
             yield tokens, np.arange(len(tokens)) >= start
 
     found = encoded()
-    return [fault or next(found) for fault in faults]
-
-
-def _no_plain_form(example: Example) -> _UnusableError | None:
-    if not is_single_turn(example.messages):
-        return _UnusableError(
-            f"{len(example.messages)} turns have no plain form; --prompt_format=chat takes them"
-        )
-    if any(message.extra_texts for message in example.messages):
-        return _UnusableError(
-            "tool calls and thoughts of a turn have no plain form; --prompt_format=chat takes them"
-        )
-    return None
+    return [_UnusableError(fault) if fault else next(found) for fault in faults]
 
 
 def _encode_chats(

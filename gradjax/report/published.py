@@ -12,22 +12,32 @@ _KINDS = {"adjacent_layer": "cross_layer"}  # the store's name
 
 
 def published(model: str, experiment: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The published spectra and similarities of a model on `DATASET/METRIC`.
+    """The published spectra and similarities of a model on `DATASET/METRIC` or with `:TABLE`.
+
+    The paper prints some experiments twice, with unlike rounding. The table that is asked for
+    counts, and of the other kind, spectra or similarities, the nearest to it; else the first.
 
     Returns:
       Frames over (statistic, projection) and (kind, projection) with columns table, high, low,
-      gap. Where the paper prints an experiment twice, its first table counts.
+      gap: as printed, and of similarities, which have none, high less low.
 
     Raises:
-      GradjaxError: if the paper has no such experiment.
+      GradjaxError: if the paper has no such experiment, or does not print it in that table.
     """
-    spectra = _of(model, experiment, "spectra", "statistic")
-    similarity = _of(model, experiment, "similarity", "kind")
-    if spectra.empty and similarity.empty:
+    name, _, table = experiment.partition(":")
+    kinds = [_of(model, name, *kind) for kind in (("spectra", "statistic"), ("similarity", "kind"))]
+    tables = sorted({number for kind in kinds for number in kind["table"]})
+    if not tables:
         raise GradjaxError(
             f"--published={experiment}: {SOURCE} has no such table for {model}; it has "
             f"{_known(model)}"
         )
+    if table and table not in map(str, tables):
+        raise GradjaxError(
+            f"--published={experiment}: {SOURCE} prints {name} of {model} in its tables "
+            f"{', '.join(map(str, tables))}; give one of these, or none for the first"
+        )
+    spectra, similarity = (_nearest(kind, int(table or 0)) for kind in kinds)
     return spectra, similarity
 
 
@@ -45,8 +55,15 @@ def beside(measured: pd.DataFrame, paper: pd.DataFrame) -> pd.DataFrame:
 def _of(model: str, experiment: str, name: str, key: str) -> pd.DataFrame:
     whole = published_table(name)
     chosen = whole[(whole["model"] == model) & (whole["experiment"] == experiment)]
-    chosen = chosen.drop_duplicates([key, "projection"]).set_index([key, "projection"])
-    return chosen.assign(gap=chosen["high"] - chosen["low"])[["table", "high", "low", "gap"]]
+    chosen = chosen.set_index([key, "projection"])
+    if "gap" not in chosen:
+        chosen = chosen.assign(gap=chosen["high"] - chosen["low"])
+    return chosen[["table", "high", "low", "gap"]]
+
+
+def _nearest(printed: pd.DataFrame, table: int) -> pd.DataFrame:
+    apart = (printed["table"] - table).abs()
+    return printed[apart == apart.min()]
 
 
 def published_table(name: str) -> pd.DataFrame:

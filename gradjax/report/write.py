@@ -31,6 +31,7 @@ from gradjax.report.layers import layer_effects
 from gradjax.report.length import rule
 from gradjax.report.page import FigureImage, Page, Table, write_page
 from gradjax.report.published import SOURCE, beside, published
+from gradjax.report.summary import summary_table
 from gradjax.storage.results import ALL, KEY, RunValues, example_values, read_values
 from gradjax.storage.store import read_table
 
@@ -46,6 +47,7 @@ class ReportConfig:
     compare: tuple[str, ...] = ()
     equal_length_runs: tuple[str, ...] = ()
     output_dir: str | None = None
+    summary: bool = False
     by: str = "projection"
     layers: str = "all"
     published: str | None = None
@@ -63,6 +65,11 @@ class ReportConfig:
             raise GradjaxError(
                 f"--published={self.published}: expected one --compare=HIGH:LOW, the groups that "
                 "the paper compares, and --by=projection"
+            )
+        if self.summary and (self.published or self.by != "projection"):
+            raise GradjaxError(
+                "--summary has none of the tables that --published and --by are about; leave them "
+                "out, or leave out --summary"
             )
         if not self.negligible >= 0:
             raise GradjaxError(
@@ -91,40 +98,76 @@ def write_report(config: ReportConfig) -> Written:
       GradjaxError: if a run is missing, unfinished or of one group, or a group of it is unknown
         or has no `ok` row.
     """
-    runs = _named_apart([_read(run, config) for run in config.runs])
-    equal = [_read(run, config) for run in config.equal_length_runs]
-    directory = _output_directory(config, runs[0])
-    pairs = chosen_pairs(runs[0], config.compare)
-    logging.info("Comparing %d groups", len({group for pair in pairs for group in pair}))
-    asked = list(itertools.product(zip(runs, equal or [None] * len(runs), strict=True), pairs))
-    comparisons = settled(
-        [compare(run, *pair, alone, config.negligible) for (run, alone), pair in asked]
-    )
-    several = len(runs) > 1
+    asked = _asked(config)
+    directory = _output_directory(config, asked.runs[0])
     verdicts = tuple(
-        f"{one.model}: {sentence(one)}" if several else sentence(one) for one in comparisons
+        f"{one.model}: {sentence(one)}" if asked.several else sentence(one)
+        for one in asked.comparisons
     )
-    paper = {run.name: published(_model(run), config.published) for run in runs if config.published}
     try:
-        (directory / "figures").mkdir(parents=True, exist_ok=True)
-        shown = [
-            _rows_by_status(directory, [*runs, *equal]),
-            *_statistics(directory, comparisons, several),
-            *_paper_tables(directory, config.by, runs, pairs, paper),
-        ]
-        by_layer = [
-            layer_effects(alone if alone and one.primary == "equal_length" else run, one)
-            for ((run, alone), _), one in zip(asked, comparisons, strict=True)
-        ]
-        _write_layers(directory, comparisons, by_layer, several)
-        overview = _overview(comparisons, by_layer, several)
-        drawn = _figures(directory, [*overview, *_drawings(runs, pairs)])
+        directory.mkdir(parents=True, exist_ok=True)
+        write = _write_summary if config.summary else _write_all
+        page = write(directory, asked, config, verdicts)
     except OSError as error:
         raise GradjaxError(
             f"{directory} cannot be written ({error.strerror}); give an --output_dir that can"
         ) from error
+    write_page(directory / "report.html", page)
+    return Written(directory, verdicts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What a report is about."""
+
+    runs: list[RunValues]
+    equal: list[RunValues]  # their equal-length runs, if given
+    pairs: list[tuple[str, str]]  # groups
+    comparisons: list[Comparison]  # run by run
+    deciding: list[RunValues]  # of each comparison, the run that decides
+
+    @property
+    def several(self) -> bool:
+        """Whether a comparison has to be told by its run, too."""
+        return len(self.runs) > 1
+
+
+def _asked(config: ReportConfig) -> _Asked:
+    runs = [_read(run, config) for run in config.runs]
+    equal = [_read(run, config) for run in config.equal_length_runs]
+    if config.summary:
+        runs = [dataclasses.replace(run, name=_last_name(run)) for run in runs]
+    runs = _named_apart(runs)
+    pairs = chosen_pairs(runs[0], config.compare)
+    logging.info("Comparing %d groups", len({group for pair in pairs for group in pair}))
+    of_runs = list(itertools.product(zip(runs, equal or [None] * len(runs), strict=True), pairs))
+    comparisons = settled(
+        [compare(run, *pair, alone, config.negligible) for (run, alone), pair in of_runs]
+    )
+    deciding = [
+        alone if alone and one.primary == "equal_length" else run
+        for ((run, alone), _), one in zip(of_runs, comparisons, strict=True)
+    ]
+    return _Asked(runs, equal, pairs, comparisons, deciding)
+
+
+def _write_all(
+    directory: Path, asked: _Asked, config: ReportConfig, verdicts: Sequence[str]
+) -> Page:
+    """Tables and figures; returns the page, whose lists of examples are of the first run."""
+    runs, comparisons, several = asked.runs, asked.comparisons, asked.several
+    paper = {run.name: published(_model(run), config.published) for run in runs if config.published}
+    shown = [
+        _rows_by_status(directory, [*runs, *asked.equal]),
+        *_statistics(directory, comparisons, several),
+        *_paper_tables(directory, config.by, runs, asked.pairs, paper),
+    ]
+    by_layer = [layer_effects(*pair) for pair in zip(asked.deciding, comparisons, strict=True)]
+    _write_layers(directory, comparisons, by_layer, several)
+    overview = [_forest(comparisons, several), *_curves(comparisons, by_layer, several)]
+    drawn = _figures(directory, [*overview, *_drawings(runs, asked.pairs)])
     examples = _examples(runs[0])
-    page = Page(
+    return Page(
         title=f"gradjax report: {runs[0].name}",
         answers=_first_screen(comparisons, several),
         verdicts=verdicts,
@@ -134,11 +177,37 @@ def write_report(config: ReportConfig) -> Written:
         figures=drawn[len(overview) :],
         examples=examples,
         outliers=_outliers(examples),
-        not_used=_not_used(examples),
+        not_used=_not_used(examples, ["group", "status", "reason"]),
         manifest=runs[0].manifest,
     )
-    write_page(directory / "report.html", page)
-    return Written(directory, verdicts)
+
+
+def _write_summary(
+    directory: Path, asked: _Asked, config: ReportConfig, verdicts: Sequence[str]
+) -> Page:
+    """`summary.csv`; returns a page without what the runs' own reports have."""
+    runs, several = asked.runs, asked.several
+    directories = [str(run.directory) for run in runs for _ in asked.pairs]
+    summary = summary_table(directories, asked.comparisons)
+    summary.to_csv(directory / "summary.csv", index=False)
+    examples = pd.concat([run.examples.assign(run=str(run.directory)) for run in runs])
+    none = pd.DataFrame(columns=[*KEY, "instruction", "output"])
+    return Page(
+        title=f"gradjax report: summary of {len(runs)} runs",
+        answers=_first_screen(asked.comparisons, several),
+        verdicts=verdicts,
+        overview=_figures(directory, [_forest(asked.comparisons, several)]),
+        rule=rule(config.negligible),
+        tables=[
+            Table("Summary", _SUMMARY_NOTE, summary.drop(columns="verdict")),
+            _rows_by_status(directory, [*runs, *asked.equal]),
+        ],
+        figures=[],
+        examples=none,
+        outliers=none,
+        not_used=_not_used(examples, ["run", "group", "status", "reason"]),
+        manifest={str(run.directory): run.manifest for run in runs},
+    )
 
 
 def _read(run: str, config: ReportConfig) -> RunValues:
@@ -161,10 +230,13 @@ def chosen_pairs(run: RunValues, given: Sequence[str]) -> list[tuple[str, str]]:
 
 def _named_apart(runs: list[RunValues]) -> list[RunValues]:
     """The runs, those of one model called by their directories as well, or else numbered."""
-    directories = [PurePosixPath(str(run.directory)).name for run in runs]
-    names = _apart([run.name for run in runs], [f" ({directory})" for directory in directories])
+    names = _apart([run.name for run in runs], [f" ({_last_name(run)})" for run in runs])
     names = _apart(names, [f" {number}" for number in range(1, len(runs) + 1)])
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _last_name(run: RunValues) -> str:
+    return PurePosixPath(str(run.directory)).name
 
 
 def _apart(names: list[str], additions: list[str]) -> list[str]:
@@ -181,7 +253,7 @@ def _output_directory(config: ReportConfig, run: RunValues) -> Path:
         return Path(config.output_dir)
     if isinstance(run.directory, str):
         raise GradjaxError(f"--run={run.directory} is a URL; say where to write with --output_dir")
-    return run.directory / "report"
+    return run.directory / ("summary" if config.summary else "report")
 
 
 def _statistics(
@@ -227,6 +299,8 @@ low of the means over examples, with a bootstrap 95 % interval. p: Mann–Whitne
 whole report (Benjamini–Hochberg). Matched gap: at equal length, with its 95 % interval; likewise of
 the equal-length run. Rank effect: percentiles by which high ranks above low in a regression on log
 lengths."""
+_SUMMARY_NOTE = """A line per comparison: each statistic's answer by the rule, adjusted over all
+lines, and its ratio, high over low, with the 99 % interval that decides."""
 _BALANCE_NOTE = """Geometric means of tokens, and the difference of mean logarithms in standard
 deviations, before and after matching."""
 _SHOWN = [
@@ -332,26 +406,29 @@ class _Drawing(NamedTuple):
     figure: Figure
 
 
-def _overview(
-    comparisons: Sequence[Comparison], by_layer: Sequence[pd.DataFrame], several: bool
-) -> list[_Drawing]:
-    """What the verdicts rest on: all ratios in one figure, and each comparison by layer."""
+def _forest(comparisons: Sequence[Comparison], several: bool) -> _Drawing:
     found = [answers(one).assign(name=_title(one, several)) for one in comparisons]
     caption = "Ratios of all comparisons at equal length, with 99 % intervals"
-    drawings = [_Drawing(caption, "verdicts", figures.forest(pd.concat(found)))]
+    return _Drawing(caption, "verdicts", figures.forest(pd.concat(found)))
+
+
+def _curves(
+    comparisons: Sequence[Comparison], by_layer: Sequence[pd.DataFrame], several: bool
+) -> Iterator[_Drawing]:
+    """Each comparison by layer."""
     for one, effects in zip(comparisons, by_layer, strict=True):
         if effects["ratio"].notna().any():
             title = _title(one, several)
             caption = f"By layer, at equal length (matched pairs), {title}"
             name = "_".join([one.model] * several + [one.high, one.low, "by_layer"])
-            drawings.append(_Drawing(caption, name, figures.controlled_curves(effects, title)))
-    return drawings
+            yield _Drawing(caption, name, figures.controlled_curves(effects, title))
 
 
 def _figures(directory: Path, drawings: Iterable[_Drawing]) -> list[FigureImage]:
     """Saves figures and their list, `figures.csv`; figures of an earlier list are removed."""
     folder, listing = directory / "figures", directory / "figures.csv"
     before = set(pd.read_csv(listing)["name"]) if listing.exists() else set()
+    folder.mkdir(exist_ok=True)
     saved, images = {}, []
     for drawing in drawings:
         name = _file_name(drawing.name)
@@ -407,11 +484,10 @@ def _examples(run: RunValues) -> pd.DataFrame:
     )
 
 
-def _not_used(examples: pd.DataFrame) -> pd.DataFrame:
-    """How many rows of a group were not used for each reason."""
+def _not_used(examples: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """How many rows were not used, by these columns."""
     unused = examples[examples["status"] != "ok"]
-    counted = unused.groupby(["group", "status", "reason"], sort=False).size().rename("rows")
-    return counted.reset_index()
+    return unused.groupby(columns, sort=False).size().rename("rows").reset_index()
 
 
 def _outliers(examples: pd.DataFrame) -> pd.DataFrame:
