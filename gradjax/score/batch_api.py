@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradjax import strict_json
 from gradjax.errors import GradjaxError
 from gradjax.score.answers import Failure, content_of, keep, open_cache, shorten, unparsable
 from gradjax.score.config import JudgedMetric
@@ -21,7 +22,7 @@ _CUSTOM_ID = re.compile("([a-z]+)-([0-9a-f]{32})")
 
 def batch_line(judge: "Judge", label: str, prompt: str) -> str:
     """A line of a Batch-API file. `label`: letters that come back with the answer."""
-    return json.dumps(
+    return strict_json.dumps(
         {
             "custom_id": f"{label}-{judge.key(prompt)}",
             "method": "POST",
