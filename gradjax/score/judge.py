@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradjax.errors import GradjaxError
+from gradjax.hashing import sha256
 from gradjax.score.answers import Failure, open_cache
 from gradjax.score.config import Done, JudgedMetric, Score, nobody
 from gradjax.structs import Example
@@ -173,8 +174,19 @@ def own_prompt(metric: JudgedMetric) -> str:
 def prompts_of(judge: "Judge", metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
     """What the judge is asked about each example."""
     prompt = own_prompt(metric) if judge.prompt is None else judge.prompt
-    # One pass: what a row holds is not looked into, not even for the placeholder.
-    return (prompt.replace(PLACEHOLDER, example.instruction) for example in examples)
+    return (fill(prompt, example.instruction) for example in examples)
+
+
+def fill(prompt: str, text: str) -> str:
+    """A prompt with a row's text in place of {instruction}, between tags that it cannot close.
+
+    The name of the tags holds a code that comes from the text and is not in it: equal texts make
+    equal prompts. One pass: what a row holds is not looked into, not even for the placeholder.
+    """
+    code = sha256(text)[:16]
+    while code in text:
+        code = sha256(code)[:16]
+    return prompt.replace(PLACEHOLDER, f"<text-{code}>\n{text}\n</text-{code}>")
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"instag": parse_tags, "difficulty": parse_difficulty}
