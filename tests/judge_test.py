@@ -205,7 +205,7 @@ def test_equal_prompts_are_asked_once_with_the_key_and_scores_are_in_order(serve
     (message,) = body.pop("messages")
     assert message.keys() == {"role", "content"}
     assert message["role"] == "user"
-    assert body == {"model": "judge-1", "temperature": 0.0}
+    assert body == {"model": "judge-1", "temperature": 0.0, "max_tokens": 4096}
 
 
 def test_instag_counts_tags_and_keeps_them(server, make_judge):
@@ -217,16 +217,21 @@ def test_instag_counts_tags_and_keeps_them(server, make_judge):
     assert tag_coverage(judged_tags(judge, rows)) == 4
 
 
-def test_an_answer_is_one_models_to_one_prompt_at_any_address(server, make_judge):
+def test_an_answer_is_one_models_at_one_endpoint_to_one_prompt(server, make_judge):
     server.behaviour = lambda *_: answer("7")
     for prompt in ("A: {instruction}", "B: {instruction}", "A: {instruction}"):
         ask(make_judge(prompt=prompt), "x")
     assert [prompt[:2] for prompt in server.prompts] == ["A:", "B:"]
-    with fake_endpoint(rate) as other:
-        ask(make_judge(other.base_url, prompt="A: {instruction}"), "x")
-        assert not other.bodies
-        ask(make_judge(other.base_url, "judge-2", prompt="A: {instruction}"), "x")
-        assert [body["model"] for body in other.bodies] == ["judge-2"]
+    ask(make_judge(server.base_url + "/", prompt="A: {instruction}"), "x")
+    assert len(server.bodies) == 2
+    ask(make_judge(model="judge-2", prompt="A: {instruction}"), "x")
+    assert [body["model"] for body in server.bodies] == ["judge-1", "judge-1", "judge-2"]
+    with fake_endpoint(lambda *_: answer("8")) as other:
+        elsewhere = make_judge(other.base_url, prompt="A: {instruction}")
+        assert plan_judging(elsewhere, "difficulty", examples("x")).requests == 1
+        assert ask(elsewhere, "x") == [8]
+        assert len(other.bodies) == 1
+    assert ask(make_judge(prompt="A: {instruction}"), "x") == [7]
 
 
 HOSTILE = [
@@ -314,6 +319,25 @@ def test_a_model_without_temperature_is_asked_without(server, make_judge):
     assert ["temperature" in body for body in server.bodies] == [True, False, False]
 
 
+def test_a_model_without_max_tokens_is_asked_by_the_newer_name(server, make_judge):
+    said = "Unsupported parameter: 'max_tokens' is not supported with this model."
+    refusal = error(400, said, param="max_tokens")
+    server.behaviour = lambda *_: refusal if "max_tokens" in server.bodies[-1] else answer("7")
+    assert ask(make_judge(concurrency=1, max_tokens=300), "a", "b") == [7, 7]
+    limits = [[v for k, v in body.items() if "max_" in k] for body in server.bodies]
+    assert limits == [[300]] * 3
+    assert ["max_completion_tokens" in body for body in server.bodies] == [False, True, True]
+
+
+def test_a_limit_that_is_refused_under_both_names_is_said(server, make_judge):
+    server.behaviour = lambda *_: error(
+        400, "max_tokens is too large: 4096", param=[*server.bodies[-1]][-1]
+    )
+    scores = score_difficulty(make_judge(concurrency=1), examples("a"))
+    assert scores[0].reason == "judge: no answer (HTTP 400: max_tokens is too large: 4096)"
+    assert len(server.bodies) == 2
+
+
 # --- What goes wrong ---
 
 NO_COMPLETIONS = [
@@ -334,13 +358,14 @@ FAULTS = [
         (Reply(body=body), "no answer (the reply is no chat completion: ", 3)
         for body in NO_COMPLETIONS
     ),
-    (answer(None), "no usable answer (empty)", 3),
-    (answer(" \n"), "no usable answer (empty)", 3),
-    *((answer(text), f"no usable answer (unparsable: {text})", 3) for text in ("no idea", "11")),
-    (answer("\ud83d\x1b[2J"), r"no usable answer (unparsable: ?\x1b[2J)", 3),
-    (answer(None, refusal="I cannot\ndo."), "no usable answer (refused: I cannot do.)", 3),
-    (answer("8", finish_reason="length"), "no usable answer (finish_reason length)", 3),
-    (answer("", finish_reason="content_filter"), "no usable answer (finish_reason content_", 3),
+]
+UNUSABLE = [
+    *((answer(None), "empty"), (answer(" \n"), "empty")),
+    *((answer(text), f"unparsable: {text}") for text in ("no idea", "11")),
+    (answer("\ud83d\x1b[2J"), r"unparsable: ?\x1b[2J"),
+    (answer(None, refusal="I cannot\ndo."), "refused: I cannot do."),
+    (answer("8", finish_reason="length"), "finish_reason length"),
+    (answer("", finish_reason="content_filter"), "finish_reason content_filter"),
 ]
 
 
@@ -353,9 +378,6 @@ def test_a_fault_costs_its_row_alone_and_is_made_good(fault, said, asked, server
     assert scores[1].reason.startswith(f"judge: {said}")
     assert contents(judge) == [rating(1), rating(3)]
     assert server.prompts == ["a", *["bb"] * asked, "ccc"]
-    if asked == 3:
-        first, *others = [body["temperature"] for body in server.bodies[1:4]]
-        assert first == 0 < min(others)
     # Asked for again, the row alone is asked; one fault more, or half a surrogate pair, is fine.
     faults = asked + 1 if asked > 1 else 0
     good = answer('{"reason": "\ud83d", "difficulty": 7}')
@@ -364,6 +386,44 @@ def test_a_fault_costs_its_row_alone_and_is_made_good(fault, said, asked, server
         assert ask(make_judge(concurrency=1), "a", "bb", "ccc") == [1, 7, 3]
     assert server.prompts[asked + 2 :] == ["bb"] * (2 if faults else 1)
     assert len(contents(judge)) == 3
+
+
+@pytest.mark.parametrize(("reply", "said"), UNUSABLE)
+def test_unusable_answers_are_counted_and_given_up(reply, said, server, make_judge):
+    server.behaviour = lambda p, _: reply if p == "bb" else rate(p)
+    rows = examples("a", "bb", "ccc")
+    reason = f"judge: given up (3 answers, none usable, the last: {said})"
+    expected = [Score({"difficulty": x}, reason=reason if x is None else "") for x in (1, None, 3)]
+    judge = make_judge(concurrency=1)
+    assert score_difficulty(judge, rows) == expected
+    first, *others = [body["temperature"] for body in server.bodies[1:4]]
+    assert first == 0 < min(others)
+    assert contents(judge) == [rating(1), rating(3)]
+    server.behaviour = rate
+    for _ in range(2):  # a judge each, as in two runs
+        assert score_difficulty(make_judge(), rows) == expected
+        plan = plan_judging(judge, "difficulty", rows)
+        assert (plan.cached, plan.given_up, plan.requests) == (2, 1, 0)
+        assert not list(batch_lines(judge, "difficulty", rows))
+    assert server.prompts == ["a", *["bb"] * 3, "ccc"]
+    # Longer answers may be usable ones; another model's anyway.
+    assert ask(make_judge(max_tokens=9000), "bb") == [2]
+    assert ask(make_judge(model="judge-2"), "bb") == [2]
+
+
+def test_attempts_of_earlier_runs_count(server, make_judge):
+    usable = rate("bb")
+
+    def behaviour(_: str, number: int) -> Reply:
+        return [answer("no idea"), error(500, "oops"), answer("no idea"), usable][number - 1]
+
+    server.behaviour = behaviour
+    (first,) = score_difficulty(make_judge(max_retries=0), examples("bb"))
+    assert first.reason == "judge: no answer (HTTP 500: oops)"
+    assert ask(make_judge(max_retries=0), "bb") == [2]
+    temperatures = [body["temperature"] for body in server.bodies]
+    assert temperatures[0] == 0 < min(temperatures[1:])
+    assert len(temperatures) == 4
 
 
 def test_retry_after_is_kept_to(server, make_judge):
@@ -464,6 +524,30 @@ def test_a_damaged_cache_is_named(make_judge):
     judge.cache.write_text("no database, " * 100)
     with pytest.raises(GradjaxError, match=r"judge\.sqlite \(file is not a database"):
         ask(judge, "x")
+
+
+def test_answers_of_an_earlier_gradjax_stay_and_are_not_used(server, make_judge, caplog):
+    judge = make_judge()
+    with contextlib.closing(sqlite3.connect(judge.cache)) as cache, cache:
+        cache.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, content TEXT)")
+        cache.execute(
+            "INSERT INTO answers VALUES (?, '9')", [judge.key(fill("{instruction}", "a"))]
+        )
+    before = judge.cache.read_bytes()
+    assert plan_judging(judge, "difficulty", examples("a")).requests == 1
+    assert judged_tags(judge, examples("a")) == [None]
+    assert judge.cache.read_bytes() == before
+    for _ in range(2):
+        assert ask(judge, "a") == [1]
+    assert server.prompts == ["a"]
+    assert [r.getMessage() for r in caplog.records if "earlier gradjax" in r.getMessage()] == [
+        f"{judge.cache} holds answers of an earlier gradjax, which do not say what endpoint gave "
+        "them: they stay in the table answers_of_unknown_endpoints, and the judge is asked anew"
+    ]
+    with contextlib.closing(sqlite3.connect(judge.cache)) as cache:
+        assert cache.execute("SELECT content FROM answers_of_unknown_endpoints").fetchall() == [
+            ("9",)
+        ]
 
 
 def test_a_killed_run_repeats_no_paid_call(server, make_judge):
@@ -610,18 +694,20 @@ def test_a_plan_counts_asks_nothing_and_writes_nothing(server, make_judge, tmp_p
     rows = examples("aaa", "bb", "bb", "cccc", "cccc", "ddddd")
     plan = plan_judging(judge, "difficulty", rows)
     assert len(server.bodies) == 2
-    assert plan == JudgePlan("difficulty", 6, cached=3, requests=2, prompt_characters=9 + 2 * tags)
+    assert plan == JudgePlan(
+        "difficulty", 6, 3, given_up=0, requests=2, prompt_characters=9 + 2 * tags
+    )
     assert plan.input_tokens == plan.cost(1e6, 0) == 27
     assert plan.cost(0, 1e6) == plan.output_tokens
     assert str(plan) == (
-        "difficulty: 6 rows, 3 of them answered before, 2 requests, about 27 tokens in "
+        "difficulty: 6 rows, 3 of them answered before and 0 given up, 2 requests, about 27 tokens in "
         "(107 characters / 4) and 100 out"
     )
 
 
 # --- The Batch API ---
 
-ID = "difficulty-0123456789abcdef0123456789abcdef"
+ID = "difficulty-0123456789abcdef0123456789abcdef-0"
 
 
 def result(custom_id: str, body: object, status: int = 200, error: object = None) -> str:
@@ -660,10 +746,11 @@ def test_a_round_trip_pays_nothing_twice(server, make_judge, tmp_path):
         (result(ID, {"error": {"message": "too many"}}, 429), "HTTP 429: too many"),
         (result(ID, None, 500), "no response"),
         (result(ID, None, error={"code": "batch_expired"}), "batch_expired"),
-        (result("other-" + "0" * 32, completion("7")), "unparsable: 7"),
-        (result("another-tool", completion("7")), "no custom_id of gradjax"),
-        ("[3]", "no custom_id of gradjax"),
-        ("null", "no custom_id of gradjax"),
+        (result("other-" + "0" * 32 + "-0", completion("7")), "unparsable: 7"),
+        (result(ID[:-2], completion("7")), "no custom_id as gradjax writes it"),
+        (result("another-tool", completion("7")), "no custom_id as gradjax writes it"),
+        ("[3]", "no custom_id as gradjax writes it"),
+        ("null", "no custom_id as gradjax writes it"),
         ('{"custom_id": "cut o', "not JSON"),
         ("[" * 100_000, "not JSON"),
     ],
@@ -676,6 +763,22 @@ def test_faulty_results_are_named_and_not_kept(line: str, said: str, make_judge,
     assert fault.startswith(f"{results} line 3 (")
     assert said in fault
     assert contents(judge) == ["7"]
+
+
+def test_unusable_results_of_batches_are_counted_once_each_and_given_up(make_judge, tmp_path):
+    judge, results, rows = make_judge(NOBODY), tmp_path / "results.jsonl", examples("a")
+    temperatures = []
+    for _ in range(3):
+        (line,) = map(json.loads, batch_lines(judge, "difficulty", rows))
+        temperatures.append(line["body"]["temperature"])
+        results.write_text(result(line["custom_id"], completion("dunno")))
+        for _ in range(4):  # as by a command that is given again
+            assert read_batch_results(judge, results)[0] == 0
+    assert temperatures == [0.0, 0.7, 0.7]
+    assert not list(batch_lines(judge, "difficulty", rows))
+    (score,) = score_difficulty(judge, rows)
+    said = "judge: given up (3 answers, none usable, the last: unparsable: dunno)"
+    assert score.reason == said
 
 
 def test_batch_files_that_cannot_be_used_are_named(make_judge, tmp_path):

@@ -23,6 +23,8 @@ local directory"""
 MAX_LENGTH = "most tokens of a row for ifd and perplexity (default: the model's window)"
 BASE_URL = "an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY"
 PROMPT = "a text file, asked instead of the metric's own question; with {instruction} in it"
+MAX_TOKENS = """longest answer, what a reasoning model thinks included: more for one that is cut
+off, less for a server with a short context"""
 PRICES = "price of a million tokens read and written, as in 2.5,10; --plan then prints the cost"
 BATCH = "write the questions to this file for OpenAI's Batch API, and end"
 RESULTS = "take the answers from this results file of the Batch API first"
@@ -53,6 +55,7 @@ GROUPS = {
         flags.DEFINE_string("judge_base_url", "https://api.openai.com/v1", BASE_URL, FLAGS),
         flags.DEFINE_string("judge_prompt", None, PROMPT, FLAGS),
         flags.DEFINE_integer("judge_concurrency", 8, "questions asked at once", flag_values=FLAGS),
+        flags.DEFINE_integer("judge_max_tokens", 4096, MAX_TOKENS, flag_values=FLAGS),
         flags.DEFINE_list("judge_prices", None, PRICES, FLAGS),
         flags.DEFINE_string("judge_batch", None, BATCH, FLAGS),
         flags.DEFINE_string("judge_batch_results", None, RESULTS, FLAGS),

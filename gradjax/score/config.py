@@ -55,6 +55,7 @@ class ScoreConfig:
     judge_model: str | None = None
     judge_prompt: str | None = None
     judge_concurrency: int = 8
+    judge_max_tokens: int = 4096  # of an answer
     judge_prices: tuple[float, float] | None = None  # per million tokens in, out
     judge_batch: str | None = None
     judge_batch_results: str | None = None

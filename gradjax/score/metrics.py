@@ -79,6 +79,7 @@ def make_judge(config: ScoreConfig) -> "Judge | None":
         cache=config.output_dir / "judge.sqlite",
         prompt=read_prompt(config.judge_prompt) if config.judge_prompt else None,
         concurrency=config.judge_concurrency,
+        max_tokens=config.judge_max_tokens,
     )
 
 
@@ -87,7 +88,11 @@ def _family(name: str, config: ScoreConfig, judge: "Judge | None") -> Family:
         assert judge is not None
         prompt = judge.prompt or own_prompt(cast(JudgedMetric, name))
         # Of the prompt as it is asked: the tags around a row belong to it.
-        settings = {"model": judge.model, "prompt": sha256(fill(prompt, ""))}
+        settings = {
+            "endpoint": judge.endpoint,
+            "model": judge.model,
+            "prompt": sha256(fill(prompt, "")),
+        }
         score = score_instag if name == "instag" else score_difficulty
         return Family(name, settings, lambda: lambda rows, done: score(judge, rows, done=done))
     if name == "reward":
