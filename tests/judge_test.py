@@ -3,12 +3,14 @@
 import contextlib
 import json
 import logging
+import math
 import multiprocessing
 import re
 import signal
 import sqlite3
 import threading
 import time
+from functools import partial
 
 import openai
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from gradjax.errors import GradjaxError
 from gradjax.score.batch_api import batch_lines, read_batch_results, write_batch
+from gradjax.score.budget import Budget
 from gradjax.score.config import Score
 from gradjax.score.endpoint import Judge
 from gradjax.score.judge import (
@@ -330,9 +333,8 @@ def test_a_model_without_max_tokens_is_asked_by_the_newer_name(server, make_judg
 
 
 def test_a_limit_that_is_refused_under_both_names_is_said(server, make_judge):
-    server.behaviour = lambda *_: error(
-        400, "max_tokens is too large: 4096", param=[*server.bodies[-1]][-1]
-    )
+    refusal = partial(error, 400, "max_tokens is too large: 4096")
+    server.behaviour = lambda *_: refusal(next(k for k in server.bodies[-1] if "max_" in k))
     scores = score_difficulty(make_judge(concurrency=1), examples("a"))
     assert scores[0].reason == "judge: no answer (HTTP 400: max_tokens is too large: 4096)"
     assert len(server.bodies) == 2
@@ -514,6 +516,70 @@ def test_an_endpoint_that_goes_is_given_up_and_answers_stay(server, make_judge):
     server.behaviour = rate
     assert ask(judge, *rows) == [3] * 60
     assert set(server.answered.values()) == {1}
+
+
+# --- What may be spent ---
+
+
+def with_usage(content: str, read: int, written: int) -> Reply:
+    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return Reply(body=json.dumps(completion(content) | {"usage": usage}).encode())
+
+
+def test_no_request_is_sent_beyond_the_budget_and_the_next_call_goes_on(server, make_judge):
+    rows = [*map(str, range(10))]
+    judge = make_judge(concurrency=3, budget=Budget({"requests": 4}))
+    scores = score_difficulty(judge, examples(*rows))
+    assert len(server.bodies) == len(contents(judge)) == judge.budget.requests == 4
+    assert difficulties(scores).count(1) == 4
+    reasons = {score.reason for score in scores} - {""}
+    assert reasons == {"judge: not asked (--judge_budget=requests=4 is reached)"}
+    assert ask(judge, *rows) == difficulties(scores)  # the same call goes on: it has had its budget
+    assert len(server.bodies) == 4
+    assert ask(make_judge(budget=Budget({"requests": 6})), *rows) == [1] * 10
+    assert len(server.bodies) == 10
+    assert set(server.answered.values()) == {1}
+
+
+def test_requests_that_are_sent_again_count(server, make_judge):
+    server.behaviour = lambda *_: error(500, "oops", Retry_After_Ms="1")
+    judge = make_judge(max_retries=5, concurrency=1, budget=Budget({"requests": 2}))
+    scores = score_difficulty(judge, examples("a", "b"))
+    assert {score.reason for score in scores} == {
+        "judge: not asked (--judge_budget=requests=2 is reached)"
+    }
+    assert server.prompts == ["a", "a"]
+
+
+def test_tokens_are_those_that_the_endpoint_says(server, make_judge):
+    server.behaviour = lambda *_: with_usage("7", 90, 10)
+    judge = make_judge(concurrency=1, budget=Budget({"requests": 9, "tokens": 250}))
+    scores = score_difficulty(judge, examples(*"abcdef"))
+    assert difficulties(scores) == [7, 7, 7, None, None, None]
+    assert scores[3].reason == "judge: not asked (--judge_budget=requests=9,tokens=250 is reached)"
+    assert judge.budget.tokens == 300
+
+
+@pytest.mark.parametrize("usage", [None, {"total_tokens": 9}, {"prompt_tokens": -9}, "many"])
+def test_tokens_are_estimated_where_the_endpoint_is_silent(usage, server, make_judge, caplog):
+    reply = completion("7" + " " * 39) | ({"usage": usage} if usage else {})
+    server.behaviour = lambda *_: Reply(body=json.dumps(reply).encode())
+    judge = make_judge(concurrency=1, prompt="{instruction}", budget=Budget({"tokens": 40}))
+    assert difficulties(score_difficulty(judge, examples("a", "b", "c"))) == [7, 7, None]
+    size = len(fill("{instruction}", "a")) + 40
+    assert judge.budget.tokens == 2 * math.ceil(size / 4)
+    assert sum("how many tokens" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_unusable_answers_are_spent_too(server, make_judge):
+    server.behaviour = lambda *_: with_usage("no idea", 90, 10)
+    judge = make_judge(concurrency=1, budget=Budget({"tokens": 200}))
+    (score,) = score_difficulty(judge, examples("a"))
+    assert score.reason == "judge: not asked (--judge_budget=tokens=200 is reached)"
+    assert len(server.bodies) == 2
+    (score,) = score_difficulty(make_judge(), examples("a"))
+    assert score.reason.startswith("judge: given up (3 answers, none usable")
+    assert len(server.bodies) == 3
 
 
 # --- What is kept ---
@@ -700,8 +766,8 @@ def test_a_plan_counts_asks_nothing_and_writes_nothing(server, make_judge, tmp_p
     assert plan.input_tokens == plan.cost(1e6, 0) == 27
     assert plan.cost(0, 1e6) == plan.output_tokens
     assert str(plan) == (
-        "difficulty: 6 rows, 3 of them answered before and 0 given up, 2 requests, about 27 tokens in "
-        "(107 characters / 4) and 100 out"
+        "difficulty: 6 rows, 3 of them answered before and 0 given up, 2 requests, about 27 tokens "
+        "in (107 characters / 4) and 100 out"
     )
 
 

@@ -25,6 +25,9 @@ BASE_URL = "an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY"
 PROMPT = "a text file, asked instead of the metric's own question; with {instruction} in it"
 MAX_TOKENS = """longest answer, what a reasoning model thinks included: more for one that is cut
 off, less for a server with a short context"""
+BUDGET = """most requests and tokens (of questions and answers) of this call, as in
+requests=1000,tokens=2e6, or one of them; what is on its way when the tokens are used is still
+taken, and the next call has the whole budget again"""
 PRICES = "price of a million tokens read and written, as in 2.5,10; --plan then prints the cost"
 BATCH = "write the questions to this file for OpenAI's Batch API, and end"
 RESULTS = "take the answers from this results file of the Batch API first"
@@ -56,6 +59,7 @@ GROUPS = {
         flags.DEFINE_string("judge_prompt", None, PROMPT, FLAGS),
         flags.DEFINE_integer("judge_concurrency", 8, "questions asked at once", flag_values=FLAGS),
         flags.DEFINE_integer("judge_max_tokens", 4096, MAX_TOKENS, flag_values=FLAGS),
+        flags.DEFINE_list("judge_budget", None, BUDGET, FLAGS),
         flags.DEFINE_list("judge_prices", None, PRICES, FLAGS),
         flags.DEFINE_string("judge_batch", None, BATCH, FLAGS),
         flags.DEFINE_string("judge_batch_results", None, RESULTS, FLAGS),
@@ -89,7 +93,22 @@ def score_config() -> ScoreConfig:
     values = FLAGS.flag_values_dict()
     if values["judge_prices"]:
         values["judge_prices"] = _prices(values["judge_prices"])
+    if values["judge_budget"]:
+        values["judge_budget"] = _budget(values["judge_budget"])
     return select(ScoreConfig, values, reading=select(Reading, values))
+
+
+def _budget(texts: list[str]) -> dict[str, float]:
+    pairs = [text.partition("=") for text in texts]
+    try:
+        limits = {name: float(value) for name, _, value in pairs}
+        if len(limits) < len(texts):
+            raise ValueError
+    except ValueError:
+        raise GradjaxError(
+            f"--judge_budget={','.join(texts)}: expected requests=N, tokens=N or both, once each"
+        ) from None
+    return limits
 
 
 def _prices(texts: list[str]) -> tuple[float, float]:

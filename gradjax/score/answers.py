@@ -32,11 +32,11 @@ _TABLES = (
 class Failure:
     """Why there is nothing to use.
 
-    `no answer`: the endpoint is at fault, and nothing was paid. `no usable answer`: the model's
-    is. `given up`: that for the last time.
+    `no answer`: the endpoint is at fault, and nothing was paid. `no usable answer`: the model is.
+    `given up`: the model was, for the last time. `not asked`: the budget does not allow it.
     """
 
-    kind: Literal["no answer", "no usable answer", "given up"]
+    kind: Literal["no answer", "no usable answer", "given up", "not asked"]
     reason: str
 
 

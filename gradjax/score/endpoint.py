@@ -33,6 +33,7 @@ from gradjax.score.answers import (
     unparsable,
     unusable,
 )
+from gradjax.score.budget import Budget, estimated_tokens, used_tokens
 from gradjax.score.config import Done, nobody
 
 # Of each attempt: an answer that cannot be used comes again word for word at temperature 0.
@@ -42,6 +43,10 @@ ATTEMPTS = len(_TEMPERATURES)
 _GIVE_UP_AFTER = 20
 
 T = TypeVar("T")
+
+
+class _SpentError(openai.OpenAIError):
+    """Instead of a request, where the budget is spent; of this class the client lets it through."""
 
 
 @dataclasses.dataclass
@@ -60,11 +65,13 @@ class Judge:
     concurrency: int = 8  # requests at once
     timeout: float = 600.0  # seconds without a byte: what is cut off may have been paid for
     max_retries: int = 6  # per request: no connection, time-out, 408, 409, 429, 5xx
+    budget: Budget = dataclasses.field(default_factory=Budget)
     _answered: bool = dataclasses.field(default=False, init=False, repr=False)
     _welcome: bool = dataclasses.field(default=False, init=False, repr=False)  # the key was good
     _faults: int = dataclasses.field(default=0, init=False, repr=False)  # in a row
     _takes_temperature: bool = dataclasses.field(default=True, init=False, repr=False)
     _limit: str = dataclasses.field(default="max_tokens", init=False, repr=False)  # its name
+    _says_usage: bool = dataclasses.field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raises GradjaxError where a flag is wrong."""
@@ -183,6 +190,7 @@ class Judge:
             base_url=self.base_url,
             timeout=openai.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
             max_retries=self.max_retries,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._spend]}),
         )
         async with client:
             answers = await asyncio.gather(*map(ask_in_turn, prompts))
@@ -202,6 +210,8 @@ class Judge:
         for _ in range(attempts, ATTEMPTS):
             try:
                 reply = await self._post(client, prompt, attempts)
+            except _SpentError:
+                return Failure("not asked", f"--judge_budget={self.budget} is reached")
             except openai.APIError as error:
                 self._stop_if_hopeless(error)
                 failure = Failure("no answer", self._describe(error))
@@ -236,11 +246,30 @@ class Judge:
                 raise
             logging.info("%s does not take %s", self.model, error.param)
             return await self._post(client, prompt, attempt)
-        data = reply.http_response.content
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            return data
+        data = _parsed(reply.http_response.content)
+        self._count_tokens(prompt, data)
+        return data
+
+    async def _spend(self, _: object) -> None:
+        """Counts a request that the client is about to send, the first time or again."""
+        if self.budget.reached:
+            raise _SpentError
+        self.budget.requests += 1
+
+    def _count_tokens(self, prompt: str, reply: object) -> None:
+        tokens = used_tokens(reply)
+        if tokens is None:
+            if self._says_usage:
+                self._says_usage = False
+                logging.warning(
+                    "%s does not say how many tokens it used (usage): they are estimated, one for "
+                    "4 characters of the question and the answer",
+                    self.base_url,
+                )
+            content = content_of(reply)
+            written = len(content) if isinstance(content, str) else 0
+            tokens = estimated_tokens(len(prompt) + written)
+        self.budget.tokens += tokens
 
     def _stop_if_hopeless(self, error: openai.APIError) -> None:
         """Raises GradjaxError where no other request would fare better."""
@@ -285,6 +314,13 @@ class Judge:
         body = error.body
         said = body.get("message") if isinstance(body, dict) else body
         return f"HTTP {error.status_code}: {shorten(said or error.response.reason_phrase)}"
+
+
+def _parsed(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return content
 
 
 def _given_up(reason: str) -> Failure:

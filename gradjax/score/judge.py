@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gradjax.errors import GradjaxError
 from gradjax.hashing import sha256
 from gradjax.score.answers import Failure, open_cache
+from gradjax.score.budget import estimated_tokens
 from gradjax.score.config import Done, JudgedMetric, Score, nobody
 from gradjax.structs import Example
 
@@ -135,8 +136,8 @@ class JudgePlan:
 
     @property
     def input_tokens(self) -> int:
-        """Estimated: a token is 4 characters of English, fewer of other languages."""
-        return -(-self.prompt_characters // 4)
+        """Estimated."""
+        return estimated_tokens(self.prompt_characters)
 
     @property
     def output_tokens(self) -> int:

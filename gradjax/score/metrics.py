@@ -12,6 +12,7 @@ from gradjax.checkpoints.pretrained import identity
 from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.errors import GradjaxError, extras
 from gradjax.hashing import sha256
+from gradjax.score.budget import Budget
 from gradjax.score.config import FAMILIES, JUDGED, Done, JudgedMetric, Score, ScoreConfig
 from gradjax.score.ifd import score_ifd, score_perplexity
 from gradjax.score.judge import fill, own_prompt, read_prompt, score_difficulty, score_instag
@@ -80,6 +81,7 @@ def make_judge(config: ScoreConfig) -> "Judge | None":
         prompt=read_prompt(config.judge_prompt) if config.judge_prompt else None,
         concurrency=config.judge_concurrency,
         max_tokens=config.judge_max_tokens,
+        budget=Budget(config.judge_budget or {}),
     )
 
 
