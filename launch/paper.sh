@@ -46,7 +46,7 @@ END
 judge_unset="\$JUDGE_BASE_URL"
 
 # step OUTPUT COMMAND...: makes OUTPUT, unless the same command has made it since all of $inputs.
-# A judge at another endpoint is the same judge.
+# What the judge has answered at one endpoint stays, also where the next call names another.
 # shellcheck disable=SC2154 # dry_run is set by cluster.sh
 step() {
   local output=$1 stamp=$1.done input line stale=""
@@ -102,7 +102,8 @@ select_rows() {
     ifd_qwen7b) settings=(--ifd_model=qwen2.5_7b) ;;
     reward) settings=(--reward_model=sfairXC/FsfairX-LLaMA3-RM-v0.1) ;;
     instag | difficulty)
-      settings=("--judge_base_url=${JUDGE_BASE_URL:-$judge_unset}" --judge_model=gpt-4o)
+      # Of 10,000 rows a few may have no usable answer: they are null, and not selected.
+      settings=("--judge_base_url=${JUDGE_BASE_URL:-$judge_unset}" --judge_model=gpt-4o --allow_missing)
       ;;
     *) fail "configs/paper.csv has the metric $metric, which this script does not know." ;;
   esac

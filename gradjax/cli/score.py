@@ -1,6 +1,6 @@
 """`gradjax score`: quality scores of fine-tuning rows."""
 
-from absl import flags
+from absl import flags, logging
 
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import define_data_flags
@@ -33,6 +33,7 @@ BATCH = "write the questions to this file for OpenAI's Batch API, and end"
 RESULTS = "take the answers from this results file of the Batch API first"
 PLAN = "print how many rows are to be scored and what the judge will be asked, and end"
 OVERWRITE = "replace scores of other settings in --output_dir"
+ALLOW_MISSING = "end with status 0, not 1, also where rows have no answer of the judge"
 REWARD = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 GROUPS = {
     "What is scored": [
@@ -68,6 +69,7 @@ GROUPS = {
         flags.DEFINE_string("output_dir", "scores", "where to write", FLAGS),
         flags.DEFINE_boolean("plan", False, PLAN, FLAGS),
         flags.DEFINE_boolean("overwrite", False, OVERWRITE, FLAGS),
+        flags.DEFINE_boolean("allow_missing", False, ALLOW_MISSING, FLAGS),
     ],
 }
 DETAILS = """
@@ -85,6 +87,10 @@ The scores by which the paper splits data sets:
 Gradient statistics of a run come with --run. Writes OUTPUT_DIR/scores/, a
 Parquet table with one row per input row; called again, it goes on where it
 stopped, and metrics may be added.
+
+A row that the judge has not answered is null with the reason, and the status is
+then 1. An answer that cannot be used is asked for three times in all, then the
+row is given up.
 """
 
 
@@ -130,7 +136,7 @@ def main() -> None:
 
     require_sources(parse_data_flags(config.data, config.reading))
     from gradjax.score.run import make_batch, plan, score
-    from gradjax.score.summary import format_scores
+    from gradjax.score.summary import format_scores, missing_answers
 
     if FLAGS.plan:
         print("\n".join(plan(config)))
@@ -143,6 +149,10 @@ def main() -> None:
         best = command_line("select", scores=directory, by=metric, top="10%")
         print(f"\nThe best rows by one of them: {best}")
         print(f"\nThe scores are in {directory}")
+        if config.judged and (missing := missing_answers(directory)):
+            if not FLAGS.allow_missing:
+                raise GradjaxError(f"{missing}; --allow_missing takes it as it is, with status 0")
+            logging.warning("%s", missing)
 
 
 COMMAND = Command(
