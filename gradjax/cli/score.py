@@ -22,9 +22,10 @@ REWARD_MODEL = """model of reward, a LlamaForSequenceClassification with one lab
 local directory"""
 MAX_LENGTH = "most tokens of a row for ifd and perplexity (default: the model's window)"
 BASE_URL = "an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY"
-PROMPT = "a text file, asked instead of the metric's own question; with {instruction} in it"
-MAX_TOKENS = """longest answer, what a reasoning model thinks included: more for one that is cut
-off, less for a server with a short context"""
+PROMPT = """a text file, asked instead of gradjax's own prompt of the metric; with {instruction} in
+it, where the row is put between tags"""
+MAX_TOKENS = """most tokens of an answer, what a reasoning model thinks included: more where answers
+are cut off, less for a server with a short context"""
 BUDGET = """most requests and tokens (of questions and answers) of this call, as in
 requests=1000,tokens=2e6, or one of them; what is on its way when the tokens are used is still
 taken, and the next call has the whole budget again"""
