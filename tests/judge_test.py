@@ -637,6 +637,15 @@ def test_a_killed_run_repeats_no_paid_call(server, make_judge):
     assert len(server.answered) == 23
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own meaning of SIGINT: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_answers(server, make_judge):
     def interrupt(prompt: str, _: int) -> Reply:
         if prompt == "a":
