@@ -103,8 +103,8 @@ def keep_unusable(
 ) -> None:
     """Notes that so many attempts at an answer gave nothing usable, and why the last did not."""
     cache.execute(
-        "INSERT INTO unusable VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-        "attempts = max(attempts, excluded.attempts), reason = excluded.reason",
+        "INSERT INTO unusable VALUES (?, ?, ?, ?) ON CONFLICT (key, max_tokens) "
+        "DO UPDATE SET attempts = max(attempts, excluded.attempts), reason = excluded.reason",
         [key, max_tokens, attempts, reason],
     )
 
