@@ -55,7 +55,8 @@ END
 judge_unset="\$JUDGE_BASE_URL"
 
 # step OUTPUT COMMAND...: makes OUTPUT, unless the same command has made it since all of $inputs.
-# Where gradjax is installed, and at which endpoint the judge is, make no other command.
+# Where gradjax is installed makes no other command, nor at which endpoint the judge was: what it has
+# answered at one stays, also where the next call names another.
 # shellcheck disable=SC2154 # dry_run is set by cluster.sh
 step() {
   local output=$1 stamp=$1.done words=("${@:3}") input line stale=""

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,15 @@ def error(status: int, message: str, param: str | None = None, **headers: str) -
     return Reply(status, json.dumps(body).encode(), headers)
 
 
+_ROW = re.compile(r"<(text-[0-9a-f]{16})>\n(.*)\n</\1>", re.DOTALL)
+
+
+def row_in(prompt: str) -> str:
+    """The row of a prompt that holds nothing else, without its tags; any other prompt as it is."""
+    found = _ROW.fullmatch(prompt)
+    return found[2] if found else prompt
+
+
 # The n-th request (from 1) with this prompt gets this reply.
 Behaviour = Callable[[str, int], Reply]
 
@@ -62,8 +72,8 @@ class FakeEndpoint:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts that came, in order."""
-        return [body["messages"][0]["content"] for body in self.bodies]
+        """The prompts that came, in order, as `row_in` shows them."""
+        return [row_in(body["messages"][0]["content"]) for body in self.bodies]
 
     def hang(self) -> Reply:
         """For a behaviour: keeps the connection open without a byte."""
@@ -72,7 +82,7 @@ class FakeEndpoint:
 
     def serve(self, key: str, path: str, body: dict[str, Any]) -> Reply:
         """Answers one request."""
-        prompt = body["messages"][0]["content"]
+        prompt = row_in(body["messages"][0]["content"])
         with self._lock:
             self.bodies.append(body)
             self.keys.add(key)

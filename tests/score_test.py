@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 
 import gradjax
+from gradjax.cli.command import parse_flags
+from gradjax.cli.score import FLAGS, score_config
 from gradjax.config import Reading, RunConfig, TokenConfig
 from gradjax.errors import GradjaxError
 from gradjax.runs.run import run
@@ -21,6 +24,7 @@ from gradjax.score.run import plan, score
 from gradjax.score.summary import format_scores
 from tests.fake_endpoint import answer, error, fake_endpoint
 
+ROOT = Path(__file__).parent.parent
 KEYS = ["group", "example_id", "row_hash"]
 LONG = "Nora has 17 pens. How many are left after she gives 4 away?"
 ROWS = [
@@ -277,6 +281,110 @@ def test_judged_rows_are_asked_once_and_failures_again(rows, tmp_path, monkeypat
         assert max(endpoint.answered.values()) == 1
 
 
+def scored(*flags: object) -> subprocess.CompletedProcess[str]:
+    """What the program does."""
+    command = [sys.executable, "-m", "gradjax", "score", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_status_is_1_while_rows_have_no_answer_of_the_judge(rows, tmp_path):
+    whole = False
+
+    def behaviour(prompt: str, _: int):
+        if whole or LONG not in prompt:
+            return answer("no rating" if "3 * 5" in prompt else '{"difficulty": 3}')
+        return error(400, "too long")
+
+    with fake_endpoint(behaviour) as endpoint:
+        flags = [f"--data=g={rows}", "--metrics=difficulty", f"--output_dir={tmp_path / 'out'}"]
+        flags += [f"--judge_base_url={endpoint.base_url}", "--judge_model=judge"]
+        first = scored(*flags, "--judge_concurrency=1")
+        assert first.returncode == 1
+        said = first.stderr.splitlines()[-1]
+        assert said == (
+            "gradjax: difficulty: 2 rows have no answer of the judge (1 no answer, 1 given up): "
+            "the same command asks for them again; what is given up is asked again only with a "
+            "larger --judge_max_tokens, or with another --judge_model or --judge_prompt in another "
+            "--output_dir; --allow_missing takes it as it is, with status 0"
+        )
+        assert f"The scores are in {tmp_path / 'out'}" in first.stdout
+        assert "g: 1 rows ok: difficulty: judge: given up (3 answers, none usable" in first.stdout
+        found = table(tmp_path / "out")
+        assert found["difficulty"].notna().tolist() == [i in (0, 4, 5) for i in range(7)]
+
+        before = len(endpoint.bodies)
+        allowed = scored(*flags, "--allow_missing")
+        assert allowed.returncode == 0, allowed.stderr
+        assert "2 rows have no answer of the judge" in allowed.stderr
+        assert [LONG in prompt for prompt in endpoint.prompts[before:]] == [True]
+
+        whole = True
+        assert "1 rows have no answer of the judge (1 given up)" in scored(*flags).stderr
+
+
+def test_a_spent_budget_ends_with_status_1_and_the_next_call_goes_on(rows, tmp_path):
+    with fake_endpoint(lambda *_: answer('{"difficulty": 3}')) as endpoint:
+        flags = [f"--data=g={rows}", "--metrics=difficulty", f"--output_dir={tmp_path / 'out'}"]
+        flags += [f"--judge_base_url={endpoint.base_url}", "--judge_model=judge"]
+        flags += ["--judge_budget=requests=2,tokens=2e6", "--judge_concurrency=1"]
+        first = scored(*flags)
+        assert first.returncode == 1
+        assert len(endpoint.bodies) == 2
+        said = first.stderr.splitlines()[-1]
+        assert "3 rows have no answer of the judge (3 not asked): the same command goes on" in said
+        assert "judge: not asked (--judge_budget=requests=2,tokens=2000000 is r" in first.stdout
+        second = scored(*flags)
+        assert second.returncode == 0, second.stderr
+        assert len(endpoint.bodies) == 4
+
+
+def test_scores_of_another_endpoint_are_not_mixed(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("gradjax.score.endpoint.Judge", quick_judge)
+    with (
+        fake_endpoint(lambda *_: answer('{"difficulty": 3}')) as one,
+        fake_endpoint(lambda *_: answer('{"difficulty": 8}')) as other,
+    ):
+        first, second = (
+            config(
+                rows,
+                tmp_path / "out",
+                "difficulty",
+                judge_base_url=endpoint.base_url,
+                judge_model="judge",
+                overwrite=endpoint is other,
+            )
+            for endpoint in (one, other)
+        )
+        score(first)
+        with pytest.raises(GradjaxError, match=r"difficulty scores with other settings: endpoint"):
+            score(dataclasses.replace(second, overwrite=False))
+        assert table(Path(score(second)))["difficulty"].dropna().tolist() == [8.0] * 5
+        back = len(one.bodies)
+        assert table(Path(score(dataclasses.replace(first, overwrite=True))))["difficulty"][0] == 3
+        assert len(one.bodies) == back  # its answers are still there
+
+
+def test_a_prompt_of_another_form_is_another_metric(rows, tmp_path, monkeypatch):
+    """Also where only the tags around the row have changed, which a user's file does not hold."""
+    monkeypatch.setattr("gradjax.score.endpoint.Judge", quick_judge)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Rate {instruction}")
+    with fake_endpoint(lambda *_: answer('{"difficulty": 3}')) as endpoint:
+        judged = {"judge_base_url": endpoint.base_url, "judge_model": "judge"}
+        asked = config(
+            rows, tmp_path / "out", "difficulty", judge_prompt=str(prompt), limit=1, **judged
+        )
+        score(asked)
+        monkeypatch.setattr(
+            "gradjax.score.judge.fill", lambda prompt, text: prompt.replace("{instruction}", text)
+        )
+        monkeypatch.setattr(
+            "gradjax.score.metrics.fill", lambda prompt, text: prompt.replace("{instruction}", text)
+        )
+        with pytest.raises(GradjaxError, match=r"difficulty scores with other settings: prompt"):
+            score(asked)
+
+
 def test_rows_that_the_judge_will_not_have_stop_no_run(tmp_path, monkeypatch):
     monkeypatch.setattr("gradjax.score.endpoint.Judge", quick_judge)
     rows = tmp_path / "rows.jsonl"
@@ -335,6 +443,13 @@ def test_the_program_prints_what_there_is(rows, tmp_path):
         ({"metrics": ("instag",)}, "--judge_model"),
         ({"judge_prompt": "p.txt"}, "--judge_prompt=p.txt: expected with one judged metric"),
         ({"layers": "x"}, "--layers=x"),
+        ({"judge_budget": {"requests": 0}}, "--judge_budget=requests=0: expected requests=N"),
+        ({"judge_budget": {"tokens": float("nan")}}, "--judge_budget=tokens=nan: expected"),
+        ({"judge_budget": {"dollars": 5}}, "--judge_budget=dollars=5: expected requests=N"),
+        (
+            {"judge_budget": {"requests": 5}, "judge_batch": "b.jsonl"},
+            "--judge_budget=requests=5 is for questions that are asked now",
+        ),
     ],
 )
 def test_wrong_flags_are_one_sentence(settings, says):
@@ -367,6 +482,17 @@ def test_parts_of_a_metric_have_names_that_go_on(rows, tmp_path, monkeypatch):
     score(config(rows, directory))
     names = sorted(path.name for path in (directory / "parts" / "perplexity").iterdir())
     assert names == ["000000.parquet", "000001.parquet"]
+
+
+@pytest.mark.parametrize(
+    "budget", ["1000", "requests=many", "tokens=", "requests=1,requests=2", "euros=3"]
+)
+def test_a_budget_of_another_form_is_named(budget):
+    FLAGS.unparse_flags()
+    flags = ["--data=demo", "--metrics=perplexity", f"--judge_budget={budget}"]
+    parse_flags(["gradjax score", *flags], FLAGS)
+    with pytest.raises(GradjaxError, match=re.escape(f"--judge_budget={budget}: expected")):
+        score_config()
 
 
 def test_python_scores_as_the_command_does(rows, tmp_path):

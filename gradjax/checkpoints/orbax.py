@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from gradjax import sharding
+from gradjax import sharding, strict_json
 from gradjax.errors import GradjaxError, first_line
 from gradjax.model.config import DecoderConfig
 from gradjax.model.decoder import Decoder
@@ -44,7 +44,7 @@ def write_converted(
     weights = {path: decoder.weight(path) for path in all_parameters(decoder.config)}
     with _checkpointer() as checkpointer:
         checkpointer.save(directory.absolute() / _WEIGHTS, weights)
-    text = json.dumps({"gradjax": __version__, **origin}, indent=2)
+    text = strict_json.dumps({"gradjax": __version__, **origin}, indent=2)
     (directory / ORIGIN).write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """`gradjax score`: quality scores of fine-tuning rows."""
 
-from absl import flags
+from absl import flags, logging
 
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import define_data_flags
@@ -22,12 +22,19 @@ REWARD_MODEL = """model of reward, a LlamaForSequenceClassification with one lab
 local directory"""
 MAX_LENGTH = "most tokens of a row for ifd and perplexity (default: the model's window)"
 BASE_URL = "an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY"
-PROMPT = "a text file, asked instead of the metric's own question; with {instruction} in it"
+PROMPT = """a text file, asked instead of gradjax's own prompt of the metric; with {instruction} in
+it, where the row is put between tags"""
+MAX_TOKENS = """most tokens of an answer, what a reasoning model thinks included: more where answers
+are cut off, less for a server with a short context"""
+BUDGET = """most requests and tokens (of questions and answers) of this call, as in
+requests=1000,tokens=2e6, or one of them; what is on its way when the tokens are used is still
+taken, and the next call has the whole budget again"""
 PRICES = "price of a million tokens read and written, as in 2.5,10; --plan then prints the cost"
 BATCH = "write the questions to this file for OpenAI's Batch API, and end"
 RESULTS = "take the answers from this results file of the Batch API first"
 PLAN = "print how many rows are to be scored and what the judge will be asked, and end"
 OVERWRITE = "replace scores of other settings in --output_dir"
+ALLOW_MISSING = "end with status 0, not 1, also where rows have no answer of the judge"
 REWARD = "sfairXC/FsfairX-LLaMA3-RM-v0.1"
 GROUPS = {
     "What is scored": [
@@ -53,6 +60,8 @@ GROUPS = {
         flags.DEFINE_string("judge_base_url", "https://api.openai.com/v1", BASE_URL, FLAGS),
         flags.DEFINE_string("judge_prompt", None, PROMPT, FLAGS),
         flags.DEFINE_integer("judge_concurrency", 8, "questions asked at once", flag_values=FLAGS),
+        flags.DEFINE_integer("judge_max_tokens", 4096, MAX_TOKENS, flag_values=FLAGS),
+        flags.DEFINE_list("judge_budget", None, BUDGET, FLAGS),
         flags.DEFINE_list("judge_prices", None, PRICES, FLAGS),
         flags.DEFINE_string("judge_batch", None, BATCH, FLAGS),
         flags.DEFINE_string("judge_batch_results", None, RESULTS, FLAGS),
@@ -61,6 +70,7 @@ GROUPS = {
         flags.DEFINE_string("output_dir", "scores", "where to write", FLAGS),
         flags.DEFINE_boolean("plan", False, PLAN, FLAGS),
         flags.DEFINE_boolean("overwrite", False, OVERWRITE, FLAGS),
+        flags.DEFINE_boolean("allow_missing", False, ALLOW_MISSING, FLAGS),
     ],
 }
 DETAILS = """
@@ -78,6 +88,10 @@ The scores by which the paper splits data sets:
 Gradient statistics of a run come with --run. Writes OUTPUT_DIR/scores/, a
 Parquet table with one row per input row; called again, it goes on where it
 stopped, and metrics may be added.
+
+A row that the judge has not answered is null with the reason, and the status is
+then 1. An answer that cannot be used is asked for three times in all, then the
+row is given up.
 """
 
 
@@ -86,7 +100,22 @@ def score_config() -> ScoreConfig:
     values = FLAGS.flag_values_dict()
     if values["judge_prices"]:
         values["judge_prices"] = _prices(values["judge_prices"])
+    if values["judge_budget"]:
+        values["judge_budget"] = _budget(values["judge_budget"])
     return select(ScoreConfig, values, reading=select(Reading, values))
+
+
+def _budget(texts: list[str]) -> dict[str, float]:
+    pairs = [text.partition("=") for text in texts]
+    try:
+        limits = {name: float(value) for name, _, value in pairs}
+        if len(limits) < len(texts):
+            raise ValueError
+    except ValueError:
+        raise GradjaxError(
+            f"--judge_budget={','.join(texts)}: expected requests=N, tokens=N or both, once each"
+        ) from None
+    return limits
 
 
 def _prices(texts: list[str]) -> tuple[float, float]:
@@ -108,7 +137,7 @@ def main() -> None:
 
     require_sources(parse_data_flags(config.data, config.reading))
     from gradjax.score.run import make_batch, plan, score
-    from gradjax.score.summary import format_scores
+    from gradjax.score.summary import format_scores, missing_answers
 
     if FLAGS.plan:
         print("\n".join(plan(config)))
@@ -121,6 +150,10 @@ def main() -> None:
         best = command_line("select", scores=directory, by=metric, top="10%")
         print(f"\nThe best rows by one of them: {best}")
         print(f"\nThe scores are in {directory}")
+        if config.judged and (missing := missing_answers(directory)):
+            if not FLAGS.allow_missing:
+                raise GradjaxError(f"{missing}; --allow_missing takes it as it is, with status 0")
+            logging.warning("%s", missing)
 
 
 COMMAND = Command(

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from absl import flags, logging
 
-from gradjax import config
+from gradjax import config, strict_json
 from gradjax.cli.command import Command, command_line
 from gradjax.cli.data import PUSH, define_data_flags
 from gradjax.errors import GradjaxError, extras
@@ -166,7 +166,7 @@ def main() -> None:
         url = push_run(directory, FLAGS.push_to_hub, format_table(group_means(directory)))
         logging.info("Pushed to %s", url)
     if FLAGS.json:
-        print(json.dumps(summary(directory), allow_nan=False))
+        print(strict_json.dumps(summary(directory)))
         return
     if (missing := rows_to_come(directory)) != 0:
         count = "" if missing is None else f"{missing} "

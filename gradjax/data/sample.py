@@ -3,12 +3,12 @@
 import collections
 import hashlib
 import heapq
-import json
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gradjax import strict_json
 from gradjax.data.catalog import RegisteredDataset, fetch
 from gradjax.data.examples import plain_fault, to_example
 from gradjax.data.sources import registered_rows
@@ -93,7 +93,9 @@ def write_sample(
             f"{origin} has no usable row of {dataset.name} ({'; '.join(dropped) or 'no rows'}): "
             f"expected the columns {', '.join(dataset.columns)}"
         )
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sample.rows).encode()
+    data = "".join(
+        strict_json.dumps(row, ensure_ascii=False) + "\n" for row in sample.rows
+    ).encode()
     digest = hashlib.sha256(data).hexdigest()
     drawn = f"{len(sample.rows)} of {sample.usable} rows of {dataset.name}, seed {seed}"
     checksum = output.with_name(f"{output.name}.sha256")

@@ -1,12 +1,12 @@
 """Generated rows of mixed quality, to try selection on: `python -m gradjax.demo.mixed`."""
 
-import json
 import os
 import sys
 from pathlib import Path
 
 from absl import flags
 
+from gradjax import strict_json
 from gradjax.cli.app import run
 from gradjax.cli.command import Command
 from gradjax.data.word_problems import mixed_rows
@@ -37,7 +37,7 @@ def main() -> None:
         raise GradjaxError(f"--output={output} is a directory; expected the .jsonl file to write")
     rows = mixed_rows(FLAGS.rows, FLAGS.seed)
     with whole_file(output) as temporary:
-        temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        temporary.write_text("".join(f"{strict_json.dumps(row)}\n" for row in rows))
     kinds = [row["kind"] for row in rows]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     print(f"{len(rows)} rows in {output}: {counts}")

@@ -27,6 +27,7 @@ from absl import flags, logging
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
+from gradjax import strict_json
 from gradjax.checkpoints.hf_config import read_config
 from gradjax.checkpoints.safetensors import load_decoder
 from gradjax.cli.app import run
@@ -302,7 +303,7 @@ def _greedy_tokens(
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(strict_json.dumps(value, indent=2) + "\n")
 
 
 def evaluate(directory: Path) -> float:

@@ -9,7 +9,6 @@ import base64
 import bisect
 import dataclasses
 import hashlib
-import json
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 from jinja2.utils import htmlsafe_json_dumps
 
+from gradjax import strict_json
 from gradjax.storage.filesystem import whole_file
 
 PAGE_BYTES = 14_000_000  # what texts are cut for
@@ -194,12 +194,13 @@ def _thinned(examples: pd.DataFrame) -> pd.DataFrame:
     return examples.iloc[np.linspace(0, len(examples) - 1, MOST_EXAMPLES).round().astype(int)]
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
 def _embedded(value: object) -> str:
     """JSON for a `<script>` that is data: with no `<`, nothing in it ends or opens an element."""
-    return htmlsafe_json_dumps(value, dumps=_JSON.encode)
+    return htmlsafe_json_dumps(value, dumps=_compact_json)
+
+
+def _compact_json(value: object) -> str:
+    return strict_json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _cell(value: Any) -> str:
@@ -232,7 +233,7 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.filters |= {
     "base64": lambda data: base64.b64encode(data).decode(),
     "cell": _cell,
-    "json": lambda value: json.dumps(value, indent=2, ensure_ascii=False, default=str),
+    "json": lambda value: strict_json.dumps(value, indent=2, ensure_ascii=False, default=str),
     "numeric": _numeric,
     "sha256": _sha256,
 }

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from gradjax.config import Reading, SpectraConfig, as_directory
 from gradjax.errors import GradjaxError, did_you_mean
+from gradjax.score.budget import Budget
 from gradjax.structs import ATTENTION, Projection, Status
 
 # What is computed together, and the columns of scores/ that come of it.
@@ -55,6 +56,8 @@ class ScoreConfig:
     judge_model: str | None = None
     judge_prompt: str | None = None
     judge_concurrency: int = 8
+    judge_max_tokens: int = 4096  # of an answer
+    judge_budget: Mapping[str, float] | None = None  # requests and tokens of a call
     judge_prices: tuple[float, float] | None = None  # per million tokens in, out
     judge_batch: str | None = None
     judge_batch_results: str | None = None
@@ -104,6 +107,12 @@ class ScoreConfig:
         return tuple(name for name in JUDGED if name in self.families)
 
     def _require_judge(self) -> None:
+        if self.judge_budget and self.judge_batch:
+            raise GradjaxError(
+                f"--judge_budget={Budget(self.judge_budget)} is for questions that are asked now, "
+                "and --judge_batch only writes them: give one of them, or fewer rows (--limit)"
+            )
+        Budget(self.judge_budget or {})  # or it says what is wrong
         judged = self.judged
         if judged and not self.judge_model:
             raise GradjaxError(

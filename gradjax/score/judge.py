@@ -2,8 +2,9 @@
 
 InsTag (Lu et al., 2023) tags an instruction with the intentions behind it; the score is the
 number of tags. Difficulty is a rating from 1 to 10. Both read only the instruction (of a
-conversation, all before its last answer). What is no clear answer is asked for again, and never
-guessed: such a row has no score, and its reason starts with `judge: `.
+conversation, all before its last answer). The prompts are gradjax's own. What is no clear answer
+is asked for again, up to three times in all, and never guessed: such a row has no score, and its
+reason starts with `judge: `.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradjax.errors import GradjaxError
+from gradjax.hashing import sha256
 from gradjax.score.answers import Failure, open_cache
+from gradjax.score.budget import estimated_tokens
 from gradjax.score.config import Done, JudgedMetric, Score, nobody
 from gradjax.structs import Example
 
@@ -127,13 +130,14 @@ class JudgePlan:
     metric: JudgedMetric
     rows: int
     cached: int
+    given_up: int
     requests: int  # equal prompts are one
     prompt_characters: int  # of the requests
 
     @property
     def input_tokens(self) -> int:
-        """Estimated: a token is 4 characters of English, fewer of other languages."""
-        return -(-self.prompt_characters // 4)
+        """Estimated."""
+        return estimated_tokens(self.prompt_characters)
 
     @property
     def output_tokens(self) -> int:
@@ -146,23 +150,27 @@ class JudgePlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.metric}: {self.rows:,} rows, {self.cached:,} of them answered before, "
-            f"{self.requests:,} requests, about {self.input_tokens:,} tokens in "
-            f"({self.prompt_characters:,} characters / 4) and {self.output_tokens:,} out"
+            f"{self.metric}: {self.rows:,} rows, {self.cached:,} of them answered before and "
+            f"{self.given_up:,} given up, {self.requests:,} requests, about "
+            f"{self.input_tokens:,} tokens in ({self.prompt_characters:,} characters / 4) and "
+            f"{self.output_tokens:,} out"
         )
 
 
 def plan_judging(judge: "Judge", metric: JudgedMetric, examples: Sequence[Example]) -> JudgePlan:
     """What a metric would ask of the endpoint; asks and writes nothing."""
     prompts = prompts_of(judge, metric, examples)
-    cached, missing = 0, {}
+    cached, given_up, missing = 0, 0, {}
     with open_cache(judge.cache, read_only=True) as cache:
         for prompt in prompts:
-            if judge.cached(cache, prompt, PARSERS[metric]) is None:
+            answer = judge.known(cache, prompt, PARSERS[metric])
+            if answer is None:
                 missing[judge.key(prompt)] = len(prompt)
+            elif isinstance(answer, Failure):
+                given_up += 1
             else:
                 cached += 1
-    return JudgePlan(metric, len(examples), cached, len(missing), sum(missing.values()))
+    return JudgePlan(metric, len(examples), cached, given_up, len(missing), sum(missing.values()))
 
 
 def own_prompt(metric: JudgedMetric) -> str:
@@ -173,8 +181,19 @@ def own_prompt(metric: JudgedMetric) -> str:
 def prompts_of(judge: "Judge", metric: JudgedMetric, examples: Sequence[Example]) -> Iterator[str]:
     """What the judge is asked about each example."""
     prompt = own_prompt(metric) if judge.prompt is None else judge.prompt
-    # One pass: what a row holds is not looked into, not even for the placeholder.
-    return (prompt.replace(PLACEHOLDER, example.instruction) for example in examples)
+    return (fill(prompt, example.instruction) for example in examples)
+
+
+def fill(prompt: str, text: str) -> str:
+    """A prompt with a row's text in place of {instruction}, between tags that it cannot close.
+
+    The name of the tags holds a code that comes from the text and is not in it: equal texts make
+    equal prompts. One pass: what a row holds is not looked into, not even for the placeholder.
+    """
+    code = sha256(text)[:16]
+    while code in text:
+        code = sha256(code)[:16]
+    return prompt.replace(PLACEHOLDER, f"<text-{code}>\n{text}\n</text-{code}>")
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"instag": parse_tags, "difficulty": parse_difficulty}
@@ -183,8 +202,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {"instag": parse_tags, "difficulty": 
 def _score(column: JudgedMetric, answer: T | Failure, value: Callable[[T], float]) -> Score:
     if not isinstance(answer, Failure):
         return Score({column: value(answer)})
-    what = "judge: no usable answer" if answer.answered else "judge: no answer"
-    return Score({column: None}, reason=f"{what} ({answer.reason})")
+    return Score({column: None}, reason=f"judge: {answer.kind} ({answer.reason})")
 
 
 def _json_values(answer: str) -> Iterator[Any]:

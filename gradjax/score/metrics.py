@@ -12,9 +12,10 @@ from gradjax.checkpoints.pretrained import identity
 from gradjax.checkpoints.resolve import load_tokenizer, resolve
 from gradjax.errors import GradjaxError, extras
 from gradjax.hashing import sha256
+from gradjax.score.budget import Budget
 from gradjax.score.config import FAMILIES, JUDGED, Done, JudgedMetric, Score, ScoreConfig
 from gradjax.score.ifd import score_ifd, score_perplexity
-from gradjax.score.judge import own_prompt, read_prompt, score_difficulty, score_instag
+from gradjax.score.judge import fill, own_prompt, read_prompt, score_difficulty, score_instag
 from gradjax.score.language_model import (
     language_window,
     load_language_model,
@@ -79,6 +80,8 @@ def make_judge(config: ScoreConfig) -> "Judge | None":
         cache=config.output_dir / "judge.sqlite",
         prompt=read_prompt(config.judge_prompt) if config.judge_prompt else None,
         concurrency=config.judge_concurrency,
+        max_tokens=config.judge_max_tokens,
+        budget=Budget(config.judge_budget or {}),
     )
 
 
@@ -86,7 +89,12 @@ def _family(name: str, config: ScoreConfig, judge: "Judge | None") -> Family:
     if name in JUDGED:
         assert judge is not None
         prompt = judge.prompt or own_prompt(cast(JudgedMetric, name))
-        settings = {"model": judge.model, "prompt": sha256(prompt)}
+        # Of the prompt as it is asked: the tags around a row belong to it.
+        settings = {
+            "endpoint": judge.endpoint,
+            "model": judge.model,
+            "prompt": sha256(fill(prompt, "")),
+        }
         score = score_instag if name == "instag" else score_difficulty
         return Family(name, settings, lambda: lambda rows, done: score(judge, rows, done=done))
     if name == "reward":

@@ -6,6 +6,7 @@ was stopped goes on. OUTPUT_DIR/scores/ is made of the parts at the end, whole o
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -79,8 +80,18 @@ def score(config: ScoreConfig) -> Path | str:
             place.put(f"parts/{RUN}/000000.parquet", _part(columns, of_run))
         found |= {family.name: _complete(place, family, examples) for family in families}
         found |= {n: _read_parts(place, n) for n in manifest["families"] if n not in found}
-        if judge and "instag" in config.judged:
-            manifest["tags"] = _tags(judge, examples)
+        if judge:
+            logging.info(
+                "%s was asked %d times, for %d tokens",
+                judge.model,
+                judge.budget.requests,
+                judge.budget.tokens,
+            )
+            if "instag" in config.judged:
+                manifest["tags"] = _tags(judge, examples)
+            manifest["unanswered"] = {
+                name: _unanswered(found[name], examples) for name in config.judged
+            }
             ours.write_manifest(manifest)
         place.put(TABLE, _parquet(_table(examples, found)))
     return directory
@@ -186,11 +197,23 @@ def _tags(judge: "Judge", examples: Sequence[Example]) -> dict[str, int]:
     return {group: tag_coverage(judged_tags(judge, rows)) for group, rows in groups.items()}
 
 
+def _unanswered(scores: Scores, examples: Sequence[Example]) -> dict[str, int]:
+    """How many rows a judge has given no number, by what their reasons begin with."""
+    of_rows = (scores[e.row_hash] for e in examples if e.status == "ok")
+    missing = (one.reason for one in of_rows if None in one.values.values())
+    return Counter(reason.removeprefix("judge: ").partition(" (")[0] for reason in missing)
+
+
 def _take_results(judge: "Judge", path: str) -> None:
     answers, faults = read_batch_results(judge, path)
     logging.info("%s: %d answers", path, answers)
     for fault in faults:
         logging.warning("%s", fault)
+
+
+def read_unanswered(directory: str | Path) -> dict[str, dict[str, int]]:
+    """By judged metric of the last call, how many rows have no number, and in short why."""
+    return _manifest(Directory(directory, SCORES)).get("unanswered", {})
 
 
 def read_tags(directory: str | Path) -> dict[str, int]:
@@ -277,6 +300,7 @@ def _prepare(
     if stale or data != manifest.get("data"):  # the table is of something else
         place.remove([TABLE] if place.names("scores") else [])
         manifest.pop("tags", None)
+        manifest.pop("unanswered", None)
     for name in stale:
         place.remove(f"parts/{name}/{part}" for part in place.names(f"parts/{name}"))
     flags = dataclasses.asdict(config) | {"output_dir": str(directory.path)}
@@ -347,9 +371,7 @@ def _complete(
                     f"parts/{family.name}/{number:06d}.parquet", _part(family.columns, scores)
                 )
     if failed:
-        logging.warning(
-            "%s: %d rows have no answer; the same command asks again", family.name, failed
-        )
+        logging.warning("%s: %d different rows have no answer", family.name, failed)
     return found
 
 

@@ -4,12 +4,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from gradjax.score.run import read_scores, read_tags
+from gradjax.score.run import read_scores, read_tags, read_unanswered
 from gradjax.storage.results import KEY
 
 _QUARTILES = ("min", "25 %", "median", "75 %", "max")
 _MOST = 12  # kinds of reasons shown
 _KEYS = [*KEY, "row_hash", "status", "reason"]
+# What helps rows without an answer of the judge, by why they have none.
+_REMEDIES = {
+    "no answer": "the same command asks for them again",
+    "not asked": "the same command goes on, with its --judge_budget anew",
+    "given up": "what is given up is asked again only with a larger --judge_max_tokens, or with "
+    "another --judge_model or --judge_prompt in another --output_dir",
+}
 
 
 def format_scores(directory: str | Path) -> str:
@@ -29,3 +36,18 @@ def format_scores(directory: str | Path) -> str:
     lines = [f"{g}: {n} different tags" for g, n in read_tags(directory).items()]
     lines += [f"{r['group']}: {r['count']} rows {r['status']}: {r['reason']}" for r in counts]
     return "\n".join([text, *lines])
+
+
+def missing_answers(directory: str | Path) -> str:
+    """One sentence on rows without an answer of the judge: how many, why, what to do; or none."""
+    counts = {name: of for name, of in read_unanswered(directory).items() if of}
+    if not counts:
+        return ""
+    rows = "; ".join(
+        f"{name}: {sum(of.values())} rows have no answer of the judge "
+        f"({', '.join(f'{count} {why}' for why, count in of.items())})"
+        for name, of in counts.items()
+    )
+    found = {why for of in counts.values() for why in of}
+    remedies = [remedy for why, remedy in _REMEDIES.items() if why in found]
+    return f"{rows}: {'; '.join(remedies)}"

@@ -1,6 +1,5 @@
 """Where scores and rows come from: directories of score and spectra, and the data."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ import pandas as pd
 import pyarrow.dataset as ds
 from absl import logging
 
+from gradjax import strict_json
 from gradjax.data.examples import to_example
 from gradjax.data.sources import Source, read_rows
 from gradjax.errors import GradjaxError, did_you_mean
@@ -96,8 +96,8 @@ def read_scored(
 def chosen_rows(scored: Scored, chosen: np.ndarray) -> tuple[dict[int, bytes], dict[int, int]]:
     """The chosen rows as JSON, one line each, and the characters of their responses.
 
-    Both by position in `scored.keys`. A line is ASCII and has the row's hash: what JSON cannot say
-    stands as Python writes it.
+    Both by position in `scored.keys`. A line is ASCII and has the row's hash, unless the row holds
+    NaN or an infinity, which becomes null: what else JSON cannot say stands as Python writes it.
 
     Raises:
       GradjaxError: if a source has not the rows that were scored.
@@ -116,7 +116,7 @@ def chosen_rows(scored: Scored, chosen: np.ndarray) -> tuple[dict[int, bytes], d
                 position, digest = wanted.pop(number)
                 example = to_example(row, source.group, number, source.reading)
                 _require_scored(source, number, example.row_hash, digest)
-                lines[position] = json.dumps(row, default=repr).encode("ascii")
+                lines[position] = strict_json.dumps(row, default=repr).encode("ascii")
                 characters[position] = _characters(example)
         if wanted:
             raise _too_short(source, min(wanted))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gradjax import strict_json
 from gradjax.errors import GradjaxError
 from gradjax.storage.filesystem import WORK, LocalPlace, RemotePlace, open_place
 
@@ -77,7 +78,7 @@ class Directory:
 
     def write_manifest(self, values: Mapping[str, Any]) -> None:
         """Replaces the manifest, whole."""
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        text = strict_json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         self.place.put(self.kind.manifest, text.encode())
 
     def require_ours(self) -> None:

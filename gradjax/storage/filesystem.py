@@ -7,7 +7,6 @@ where no lock of another run lives, the others come in after it.
 
 import errno
 import fcntl
-import json
 import os
 import random
 import socket
@@ -23,6 +22,7 @@ from typing import Any, TextIO
 import fsspec
 from absl import logging
 
+from gradjax import strict_json
 from gradjax.config import as_directory
 from gradjax.errors import GradjaxError, extras
 
@@ -73,7 +73,7 @@ def write_json_lines(rows: Iterable[Mapping[str, Any]], target: Path) -> int:
     count = 0
     with whole_file(target) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(strict_json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
 

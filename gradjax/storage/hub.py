@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from gradjax import strict_json
 from gradjax.errors import GradjaxError, first_line
 from gradjax.storage.store import TABLES, read_manifest
 
@@ -57,7 +58,7 @@ def push_run(directory: str | Path, repo: str, shown: str) -> str:
         shown,
         facts,
     )
-    extra = {"run.json": json.dumps(manifest, indent=1), "README.md": card}
+    extra = {"run.json": strict_json.dumps(manifest, indent=1), "README.md": card}
     return _push(directory, repo, [f"{table}/*.parquet" for table in TABLES], extra)
 
 
@@ -116,7 +117,7 @@ def _card(title: str, tables: Mapping[str, str], shown: str, facts: Mapping[str,
         f"- config_name: {name}\n  data_files: {json.dumps(files)}\n"
         for name, files in tables.items()
     )
-    said = json.dumps(facts, indent=1)
+    said = strict_json.dumps(facts, indent=1)
     return (
         f"---\ntags:\n- gradjax\nconfigs:\n{configs}---\n\n# {title}\n\n"
         f"```\n{shown}\n```\n\nMade with gradjax, by the method of "
