@@ -138,7 +138,7 @@ def forest(answers: pd.DataFrame) -> Figure:
         where there is none), answer (in words) and pairs.
     """
     statistics, names = answers["statistic"].unique(), answers["name"].unique()
-    height = 1 + 0.45 * len(names)
+    height = 1 + 0.55 * len(names)
     ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     words: dict[str, Any] = {"ha": "center", "fontsize": _SIZE, "bbox": ground}
     figure, panels = _panels(1, len(statistics), height, sharex=False, sharey=True)
@@ -153,7 +153,8 @@ def forest(answers: pd.DataFrame) -> Figure:
             axes.annotate(row["answer"], at, (0, 7), textcoords="offset points", **words)
         _ratio_axis(axes, "x", rows)
     pairs = answers.drop_duplicates("name")["pairs"]
-    labels = [f"{_literal(name)}\n{n:,} pairs" for name, n in zip(names, pairs, strict=True)]
+    sides = [_sides(name, "\n") for name in names]
+    labels = [f"{side}\n{n:,} pairs" for side, n in zip(sides, pairs, strict=True)]
     panels[0, 0].set_yticks(range(len(names)), labels)
     panels[0, 0].set_ylim(len(names) - 0.5, -0.7)
     titles = [statistic.replace("_", " ") for statistic in statistics]
@@ -180,7 +181,7 @@ def controlled_curves(effects: pd.DataFrame, title: str) -> Figure:
         _ratio_axis(axes, "y", rows)
     titles = [statistic.replace("_", " ") for statistic in statistics]
     _label(panels, titles, "layer", "high ÷ low,\nat equal length")
-    figure.suptitle(f"{_literal(title)}: matched pairs, 99 % intervals", fontsize=_SIZE)
+    figure.suptitle(f"{_sides(title, ' ')}: matched pairs, 99 % intervals", fontsize=_SIZE)
     words = {True: "decided, adjusted over layers", False: "undecided"}
     _explain(figure, [(_decided(decided), word) for decided, word in words.items()])
     return figure
@@ -383,6 +384,11 @@ def _explain(figure: Figure, entries: Sequence[tuple[dict[str, Any], str]]) -> N
 
 def _counted(run: RunValues, group: str) -> str:
     return f"{_literal(group)} ({len(run.rows(group)):,} examples)"
+
+
+def _sides(title: str, between: str) -> str:
+    """The title of a comparison, "high against low", either side as `_literal`."""
+    return f"{between}against ".join(map(_literal, title.split(" against ")))
 
 
 def _literal(name: str) -> str:
