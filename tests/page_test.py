@@ -457,8 +457,9 @@ class TestInBrowser:
         assert labels == ["target tokens", "loss, nats per token", "effective rank", "nuclear norm"]
         for label, name in zip(labels, NUMBERS[1:], strict=True):
             values = examples[name].dropna()
-            positive = values.min() > 0
-            scaled = np.log(values) if positive else values
+            scaled = np.log(values) if values.min() > 0 else values
+            if label == "target tokens":
+                scaled = np.log1p(values)
             edges = np.linspace(scaled.min(), scaled.max(), 25)
             counts = np.histogram(scaled, edges)[0]
             box = section.locator(".histogram").nth(labels.index(label))

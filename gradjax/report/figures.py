@@ -345,7 +345,7 @@ def _ratio_axis(axes: Axes, which: Literal["x", "y"], rows: pd.DataFrame) -> Non
     axis = axes.xaxis if which == "x" else axes.yaxis
     _number_decades(axis)
     if high < 3 * low:
-        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axis.set_minor_locator(NullLocator())
 
 
