@@ -25,6 +25,7 @@ from gradjax.cli.app import start
 from gradjax.report.compare import HEADLINE, Comparison, settled
 from gradjax.report.length import Effect, Verdict, matched_effect
 from gradjax.report.matching import Matched, Rows, match
+from gradjax.storage.results import RunValues
 
 DATA_SETS, ROWS = 1000, 200
 AUROCS = (0.6, 0.75, 0.9, 0.95)
@@ -305,8 +306,9 @@ def share_of_wrong_reports(reports: int = DATA_SETS, comparisons: int = 8) -> fl
 
 def _comparison(rng: np.random.Generator) -> Comparison:
     drawn = [independent(rng) for _ in HEADLINE]
+    none = pd.DataFrame()
     return Comparison(
-        model="",
+        run=RunValues("", "", {}, [], none, none, none, pd.Series(dtype=float)),
         high="high",
         low="low",
         table=pd.DataFrame(HEADLINE, columns=["statistic", "projection"]),
@@ -316,7 +318,7 @@ def _comparison(rng: np.random.Generator) -> Comparison:
         loss_auroc=0.5,
         matched=drawn[0].matched,
         balance=pd.DataFrame(),
-        equal_length=None,
+        equal_run=None,
         equal_matched=None,
         cut=0,
         primary="matched",

@@ -205,9 +205,9 @@ def test_effective_rank_against_length():
         np.testing.assert_allclose(np.stack(line, 1), medians)
 
 
+SIDES = [("slow", "fast"), ("model: a", "b"), ("$x$", "y")]
 ANSWERS = pd.DataFrame(
     {
-        "name": ["slow against fast", "slow against fast", "a:b", "a:b", "$x$", "$x$"],
         "statistic": 3 * ["nuclear_norm", "effective_rank"],
         "ratio": [0.25, 1.02, np.nan, np.nan, 3.0, 0.9],
         "ratio_ci_low": [0.2, 1.01, np.nan, np.nan, 0.5, 0.85],
@@ -218,8 +218,12 @@ ANSWERS = pd.DataFrame(
 )
 
 
+def forest() -> Figure:
+    return figures.forest(SIDES, [ANSWERS[:2], ANSWERS[2:4], ANSWERS[4:]])
+
+
 def test_a_forest_shows_every_ratio_with_its_interval(tmp_path):
-    figure = figures.forest(ANSWERS)
+    figure = forest()
     assert [axes.get_title() for axes in figure.axes] == ["nuclear norm", "effective rank"]
     for axes, (_, rows) in zip(figure.axes, ANSWERS.groupby("statistic", sort=False), strict=True):
         drawn = [line for line in axes.lines if len(line.get_xdata()) == 2][:3]
@@ -234,8 +238,13 @@ def test_a_forest_shows_every_ratio_with_its_interval(tmp_path):
         left, right = axes.get_xlim()
         assert left < 1 < right < 100  # an interval without end leaves the others legible
     read = texts(svg(figure, tmp_path))
-    for said in ("slow", "against fast", "64 pairs", "$x$", "1,234 pairs"):
+    for said in ("slow", "against fast", "64 pairs", "model: a", "$x$", "1,234 pairs"):
         assert any(said in text for text in read)
+
+
+def test_equal_groups_have_a_forest_too(tmp_path):
+    equal = ANSWERS[:2].assign(ratio=1.0, ratio_ci_low=1.0, ratio_ci_high=1.0, answer="no")
+    assert svg(figures.forest(SIDES[:1], [equal]), tmp_path)
 
 
 def test_controlled_curves_show_the_effects_of_layers(tmp_path):
@@ -248,10 +257,10 @@ def test_controlled_curves_show_the_effects_of_layers(tmp_path):
             "ratio": ratio,
             "ratio_ci_low": ratio / 1.3,
             "ratio_ci_high": ratio * 1.3,
-            "beyond_length": np.where(np.arange(2 * LAYERS) % 3, "undecided", "yes"),
+            "beyond_length": np.array(["yes", "no", "undecided"])[np.arange(2 * LAYERS) % 3],
         }
     )
-    figure = figures.controlled_curves(effects, "slow against fast")
+    figure = figures.controlled_curves(effects, "slow", "fast")
     for axes, (_, rows) in zip(figure.axes, effects.groupby("statistic", sort=False), strict=True):
         (band,) = bands(axes)
         ends = np.array([band[layer] for layer in range(LAYERS)])
@@ -263,7 +272,7 @@ def test_controlled_curves_show_the_effects_of_layers(tmp_path):
             np.testing.assert_allclose(np.stack(line.get_data(), 1), chosen[["layer", "ratio"]])
             assert (line.get_markerfacecolor() == "white") != decided
         assert axes.get_yscale() == "log"
-    assert list(legend_handles(figure)) == ["decided, adjusted over layers", "undecided"]
+    assert list(legend_handles(figure)) == ["yes, adjusted over layers", "no, or undecided"]
     assert svg(figure, tmp_path)
 
 
@@ -444,7 +453,7 @@ def test_all_text_can_be_read_in_print(tmp_path):
         figures.layer_curves(run, "slow", "fast", "nuclear_norm"),
         figures.rank_against_length(run, "slow", "fast"),
         figures.models([run], "slow", "fast", "nuclear_norm"),
-        figures.forest(ANSWERS),
+        forest(),
     ):
         svg(figure, tmp_path)  # ticks are made as it is drawn
         assert figure.get_figwidth() == 7

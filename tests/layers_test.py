@@ -1,5 +1,7 @@
 """Effects layer by layer, of runs in which it is known what each layer does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -42,7 +44,7 @@ def change_layers(monkeypatch, factors: dict[int, float]) -> None:
 
 def test_a_layer_like_all_others_has_the_verdicts_ratio(run):
     comparison = compare(run, "high", "low")
-    found = layer_effects(run, comparison)
+    found = layer_effects(comparison)
     table = comparison.table[comparison.table["projection"] == "all"].set_index("statistic")
     assert list(found["layer"]) == 2 * list(range(LAYERS))
     for statistic, by_layer in found.groupby("statistic"):
@@ -52,9 +54,9 @@ def test_a_layer_like_all_others_has_the_verdicts_ratio(run):
 
 def test_the_layer_that_differs_is_found(run, monkeypatch):
     comparison = compare(run, "high", "low")
-    plain = layer_effects(run, comparison)["ratio"].to_numpy()
+    plain = layer_effects(comparison)["ratio"].to_numpy()
     change_layers(monkeypatch, {2: 1.5, 4: 0.5})
-    found = layer_effects(run, comparison)
+    found = layer_effects(comparison)
     factors = np.array([1, 1, 1.5, 1, 0.5, 1, 1, *([1] * LAYERS)])
     np.testing.assert_allclose(found["ratio"], plain * factors, rtol=1e-5)
     assert list(found["beyond_length"][[2, 4]]) == ["yes", "yes"]
@@ -68,13 +70,35 @@ def test_verdicts_are_adjusted_over_the_layers_of_a_statistic(run, monkeypatch):
     p = np.array([0.5, 0.0085, 0.5, 0.006, 0.5, 0.5, 0.5])
     logs = stats.t.isf(p / 2, effect.degrees_of_freedom) * effect.error
     change_layers(monkeypatch, dict(enumerate(np.exp(logs - effect.log_ratio))))
-    found = layer_effects(run, comparison)[:LAYERS]
+    found = layer_effects(comparison)[:LAYERS]
     assert (found["ratio_ci_low"][[1, 3]] > 1).all()
     assert list(found["beyond_length"] == "yes") == [False, False, False, True, False, False, False]
     assert found["beyond_length"][1] == "undecided"
 
 
 def test_few_pairs_leave_layers_open(run):
-    found = layer_effects(run, compare(run, "other", "low"))
+    found = layer_effects(compare(run, "other", "low"))
     assert found["ratio"].isna().all()
     assert set(found["beyond_length"]) == {"undecided"}
+
+
+def test_a_run_that_is_cut_itself_decides_whatever_else_is_given(tmp_path):
+    """Of a run with --target_tokens the layers are its own, not those of another such run."""
+    groups = {"high": rows(1, 83), "low": rows(2, 79)}
+    cut = {
+        name: Group(np.full(len(of.target), 8), of.prompt, of.norms, of.ranks)
+        for name, of in groups.items()
+    }
+    fewer = {
+        name: Group(np.full(41, 5), of.prompt[:41], of.norms[:41], of.ranks[:41])
+        for name, of in groups.items()
+    }
+    run = read_values(write_run(tmp_path / "run", cut, target_tokens=8))
+    other = read_values(write_run(tmp_path / "other", fewer, target_tokens=5))
+    data = {name: {"hash": "same"} for name in groups}
+    other, run = (
+        dataclasses.replace(one, manifest=one.manifest | {"data": data}) for one in (other, run)
+    )
+    alone, beside = (layer_effects(compare(run, "high", "low", of)) for of in (None, other))
+    assert alone.equals(beside)
+    assert alone["ratio"].notna().all()

@@ -22,7 +22,7 @@ from gradjax.config import RunConfig, SpectraConfig
 from gradjax.errors import GradjaxError
 from gradjax.report import figures
 from gradjax.report.clusters import with_clusters
-from gradjax.report.compare import COLUMNS, compare, difference, sentence, settled
+from gradjax.report.compare import COLUMNS, compare, difference, ratio_columns, sentence, settled
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.write import ReportConfig, write_report
@@ -489,6 +489,43 @@ def test_figures_of_an_earlier_call_are_removed_and_no_others(directory, tmp_pat
     assert not any("short" in name for name in left)
 
 
+def test_a_damaged_list_of_figures_is_made_anew(directory, tmp_path, no_figures, caplog):
+    config = ReportConfig((str(directory),), ("long:short",), output_dir=str(tmp_path))
+    for damaged in ("", "a,b\n1,2\n", '"'):
+        (tmp_path / "figures.csv").write_text(damaged)
+        write_report(config)
+        assert "figures.csv is damaged" in caplog.text
+        assert "verdicts" in list(pd.read_csv(tmp_path / "figures.csv")["name"])
+        caplog.clear()
+
+
+def test_figures_of_like_names_do_not_replace_each_other(tmp_path, no_figures):
+    names = ("a", "b_c", "a_b", "c")
+    groups = {name: draw(seed, 31) for seed, name in enumerate(names)}
+    run = write_run(tmp_path / "run", groups)
+    write_report(ReportConfig((str(run),), ("a:b_c", "a_b:c")))
+    listed = pd.read_csv(run / "report" / "figures.csv")["name"]
+    assert {"a_b_c_length", "a_b_c_length-2"} <= set(listed)
+    assert {path.stem for path in (run / "report" / "figures").iterdir()} == set(listed)
+
+
+def test_pairs_that_are_too_unlike_show_no_ratio(tmp_path):
+    """As many prompts are far apart as let the means stay close: medians of a caliper each."""
+    run = read_values(write_run(tmp_path / "run", {"a": draw(1, 61), "b": draw(2, 67)}))
+    found = compare(run, "a", "b")
+    name = ("nuclear_norm", "all")
+    effect = found.effects[name]
+    assert effect
+    assert set(ratio_columns(effect)) == {"ratio", "ratio_ci_low", "ratio_ci_high"}
+    assert ratio_columns(dataclasses.replace(effect, apart=(0.0, 0.6))) == {}
+
+
+def test_too_few_prompts_ask_for_more_rows(tmp_path):
+    run = read_values(write_run(tmp_path / "run", {"one": draw(1, 1), "many": draw(2, 60)}))
+    said = sentence(compare(run, "one", "many"))
+    assert said.endswith("fewer than 12 decide nothing; measure more rows.")
+
+
 def test_the_first_screen_has_a_line_per_comparison(report):
     page = (report / "report.html").read_text()
     first = page[: page.index("<figure>")]
@@ -564,10 +601,22 @@ def test_runs_of_one_model_are_told_apart_by_their_directories(directory, tmp_pa
         (str(directory), *map(str, others)), ("long:short",), output_dir=str(tmp_path / "all")
     )
     table = pd.read_csv(write_report(config).directory / "comparisons.csv")
-    expected = [f"made-up ({directory.name})", "made-up (other) 2", "made-up (other) 3"]
+    expected = [f"made-up ({directory.name})", "made-up (x/other)", "made-up (y/other)"]
     assert table["model"].drop_duplicates().tolist() == expected
     with pytest.raises(GradjaxError, match="is given twice"):
         ReportConfig((str(directory), str(directory)))
+
+
+def test_a_summary_takes_the_groups_of_each_run(tmp_path):
+    runs = [
+        write_run(tmp_path / "a" / "run", {"x": draw(1, 31), "y": draw(2, 29)}),
+        write_run(tmp_path / "b" / "run", {"u": draw(3, 31), "v": draw(4, 29)}),
+    ]
+    config = ReportConfig(tuple(map(str, runs)), output_dir=str(tmp_path / "all"), summary=True)
+    written = write_report(config)
+    table = pd.read_csv(written.directory / "summary.csv")
+    assert list(table["comparison"]) == ["x:y", "u:v"]
+    assert [said.split(":")[0] for said in written.verdicts] == ["a/run", "b/run"]
 
 
 def test_a_summary_is_one_table_and_one_page_of_all_runs(directory, tmp_path):

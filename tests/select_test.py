@@ -45,14 +45,16 @@ def frames(
     length: Any = 1.0,
     prompt_length: Any = 1,
     prompt: Any = None,
+    text: Any = None,
     status: Any = "ok",
     **metrics: Any,
 ):
     """Keys and metrics as `choose` takes them."""
     numbers = pd.DataFrame(metrics, dtype=float)
     prompt = numbers.index if prompt is None else prompt
-    lengths = {"length": length, "prompt_length": prompt_length, "prompt": prompt}
-    keys = pd.DataFrame({"status": status, **lengths}, index=numbers.index)
+    text = numbers.index if text is None else text
+    matched = {"length": length, "prompt_length": prompt_length, "prompt": prompt, "text": text}
+    keys = pd.DataFrame({"status": status, **matched}, index=numbers.index)
     return keys, numbers
 
 
@@ -237,7 +239,7 @@ class TestMatchLength:
         assert plain["length_auroc"] > 0.7
         assert abs(matched["length_auroc"] - 0.5) < 0.05
         rows = {p: pd.read_parquet(tmp_path / "selected" / f"{p}.parquet") for p in ("high", "low")}
-        assert len(rows["high"]) == len(rows["low"]) == matched["pairs"] > 90
+        assert len(rows["high"]) == len(rows["low"]) == matched["pairs"] > 80  # of equal rows one
         assert rows["low"]["m"].max() <= np.median(m)
         apart = np.log(rows["high"]["output"].str.len() / rows["low"]["output"].str.len())
         assert apart.abs().max() < 0.3  # a quarter of a standard deviation
@@ -299,6 +301,14 @@ class TestMatchLength:
         assert [list(choice.parts[part]) for part in ("high", "low")] == [[11, 10], [3, 1]]
         assert choice.why[9] == "no row of like length is free in the lower half"
         assert choice.why[0] == "not the partner of a high row"
+
+    def test_equal_rows_count_once(self):
+        text = [0, 1, 2, 3, 4, 5, 0, 7, 8, 9, 10, 10]
+        lengths = [5, 9, 5, 9, 5, 9, 5, 9, 9, 5, 5, 5]
+        keys, metrics = frames(m=np.arange(12), length=lengths, text=text)
+        choice = choose(keys, metrics, rule(top=3, match_length=True))
+        assert list(choice.parts["high"]) == [11, 9]
+        assert choice.why[10] == "equals another high row"
 
     def test_where_no_row_is_alike_nothing_is_chosen(self):
         keys, metrics = frames(m=np.arange(8), length=[5, 6, 5, 6, 7, 900, 1000, 950])

@@ -43,8 +43,9 @@ GROUPS = {
 }
 DETAILS = """
 Do the groups differ, and is it more than the length of their responses?
-Writes report.html, comparisons.csv, the paper's tables as CSV, Markdown and
-LaTeX, and figures as PNG and SVG; prints the verdicts.
+Writes report.html, comparisons.csv, layers.csv, the paper's tables as CSV,
+Markdown and LaTeX, and figures as PNG and SVG; prints the verdicts. With
+--summary only summary.csv, rows.csv and report.html, of all runs together.
 """
 
 

@@ -61,7 +61,7 @@ class Comparison:
     of all units and of the matched, in the run and in the equal-length run.
     """
 
-    model: str
+    run: RunValues
     high: str
     low: str
     table: pd.DataFrame
@@ -72,11 +72,27 @@ class Comparison:
     loss_auroc: float
     matched: Matched
     balance: pd.DataFrame
-    equal_length: int | None  # target tokens of the equal-length run, where there is one
+    equal_run: RunValues | None  # where there is one, the equal-length run
     equal_matched: Matched | None  # its rows that are used
     cut: int  # matched pairs of which a row was cut at --max_length
     primary: View  # what decides
     negligible: float  # standard deviations of what length leaves, that are of no importance
+
+    @property
+    def model(self) -> str:
+        """What the run is called."""
+        return self.run.name
+
+    @property
+    def equal_length(self) -> int | None:
+        """Target tokens of the equal-length run."""
+        return self.equal_run.target_tokens if self.equal_run else None
+
+    @property
+    def deciding_run(self) -> RunValues:
+        """The run of the pairs that decide."""
+        alone = self.equal_run if self.primary == "equal_length" else None
+        return alone or self.run
 
     @property
     def name(self) -> str:
@@ -120,7 +136,7 @@ def compare(
     if alone:
         balances.append(_balance(alone.matched, "equal_length_all", "equal_length_matched"))
     found = Comparison(
-        model=run.name,
+        run=run,
         high=high,
         low=low,
         table=pd.DataFrame(_table(whole, alone, deciding), columns=_TABLE).assign(
@@ -132,7 +148,7 @@ def compare(
         loss_auroc=auroc(*(side["loss"].to_numpy(float) for side in whole.sides)),
         matched=whole.matched,
         balance=pd.concat(balances, ignore_index=True),
-        equal_length=equal_length.target_tokens if equal_length else None,
+        equal_run=equal_length,
         equal_matched=alone.matched if alone else None,
         cut=_cut(whole.matched, whole.sides),
         primary=primary,
@@ -320,6 +336,8 @@ def _basis(comparison: Comparison) -> str:
         f"{len(matched.pairs)} pairs ({matched.paired} of the same prompt; the smaller group has "
         f"{smaller} prompts)"
     )
+    if smaller < FEWEST_PAIRS:
+        return f"By {pairs}: fewer than {FEWEST_PAIRS} decide nothing; measure more rows."
     if comparison.primary == "none":
         return (
             f"Too few are equally long, {pairs}: run the same rows with --target_tokens=N and "
@@ -475,8 +493,8 @@ def _both(column: pd.Series, sides: Sides) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ratio_columns(effect: Effect | None) -> dict[str, float]:
-    """High over low with its interval; nothing where there is no effect."""
-    if effect is None:
+    """High over low with its interval; nothing where the pairs say nothing."""
+    if effect is None or not effect.balanced:
         return {}
     logs = [effect.log_ratio, *effect.log_interval]
     return dict(zip(RATIO, np.exp(logs).tolist(), strict=True))

@@ -4,6 +4,7 @@ Groups and models differ in colour, marker and line style; on a page 7 inches wi
 smaller than 8 points. Figures are matplotlib's own objects, without pyplot and its global state.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -125,45 +126,44 @@ def spectra(run: RunValues, groups: Sequence[str], layers: Sequence[int]) -> Fig
                 _draw(axes, indices, median, _style(number), (lower, upper))
     titles = [f"{projection}, layer {layer}" for layer in layers for projection in run.projections]
     _label(panels, titles, "index of the singular value", "singular value\n(nats per unit weight)")
-    _entitle(figure, run, "medians and middle halves of the examples")
+    _entitle(figure, run, "medians and middle halves, not controlled for length")
     _explain(figure, legend)
     return figure
 
 
-def forest(answers: pd.DataFrame) -> Figure:
+def forest(sides: Sequence[tuple[str, str]], answers: Sequence[pd.DataFrame]) -> Figure:
     """The ratios of all comparisons with their intervals, one panel per statistic.
 
     Args:
-      answers: columns name (of a comparison), statistic, ratio, ratio_ci_low, ratio_ci_high (NaN
-        where there is none), answer (in words) and pairs.
+      sides: names of high and low of each comparison.
+      answers: of each comparison, as `gradjax.report.compare.answers` gives them.
     """
-    statistics, names = answers["statistic"].unique(), answers["name"].unique()
-    height = 1 + 0.55 * len(names)
+    statistics = list(answers[0]["statistic"])
+    figure, panels = _panels(1, len(statistics), 1 + 0.55 * len(sides), sharex=False, sharey=True)
     ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     words: dict[str, Any] = {"ha": "center", "fontsize": _SIZE, "bbox": ground}
-    figure, panels = _panels(1, len(statistics), height, sharex=False, sharey=True)
-    for axes, statistic in zip(panels[0], statistics, strict=True):
-        rows = answers[answers["statistic"] == statistic]
+    for number, axes in enumerate(panels[0]):
+        rows = pd.DataFrame([of.iloc[number] for of in answers])
         for place, row in enumerate(rows.to_dict("records")):
             ends = row["ratio_ci_low"], row["ratio_ci_high"]
             axes.plot(ends, (place, place), color=_COLOURS[0], linewidth=1.5)
-            decided = row["answer"] != "undecided"
-            axes.plot(row["ratio"], place, **_decided(decided), markersize=6)
+            axes.plot(row["ratio"], place, **_decided(row["answer"] != "undecided"), markersize=6)
             at = (1.0 if np.isnan(row["ratio"]) else row["ratio"], place)
             axes.annotate(row["answer"], at, (0, 7), textcoords="offset points", **words)
         _ratio_axis(axes, "x", rows)
-    pairs = answers.drop_duplicates("name")["pairs"]
-    sides = [_sides(name, "\n") for name in names]
-    labels = [f"{side}\n{n:,} pairs" for side, n in zip(sides, pairs, strict=True)]
-    panels[0, 0].set_yticks(range(len(names)), labels)
-    panels[0, 0].set_ylim(len(names) - 0.5, -0.7)
+    labels = [
+        f"{_literal(high)}\nagainst {_literal(low)}\n{of['pairs'].iloc[0]:,} pairs"
+        for (high, low), of in zip(sides, answers, strict=True)
+    ]
+    panels[0, 0].set_yticks(range(len(sides)), labels)
+    panels[0, 0].set_ylim(len(sides) - 0.5, -0.7)
     titles = [statistic.replace("_", " ") for statistic in statistics]
     _label(panels, titles, "high ÷ low, at equal length", "")
     figure.suptitle("Ratios with 99 % intervals; filled where decided", fontsize=_SIZE)
     return figure
 
 
-def controlled_curves(effects: pd.DataFrame, title: str) -> Figure:
+def controlled_curves(effects: pd.DataFrame, high: str, low: str) -> Figure:
     """Layer by layer, by what factor a statistic is larger in high at equal length.
 
     Args:
@@ -175,14 +175,15 @@ def controlled_curves(effects: pd.DataFrame, title: str) -> Figure:
         rows = effects[effects["statistic"] == statistic]
         band = rows["ratio_ci_low"], rows["ratio_ci_high"]
         _draw(axes, rows["layer"], rows["ratio"], {"color": _COLOURS[0], "linewidth": 1.2}, band)
-        for decided, some in rows.groupby(rows["beyond_length"] != "undecided"):
-            axes.plot(some["layer"], some["ratio"], **_decided(bool(decided)), markersize=3.5)
+        for yes, some in rows.groupby(rows["beyond_length"].isin(["yes", "negligible"])):
+            axes.plot(some["layer"], some["ratio"], **_decided(bool(yes)), markersize=3.5)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         _ratio_axis(axes, "y", rows)
     titles = [statistic.replace("_", " ") for statistic in statistics]
     _label(panels, titles, "layer", "high ÷ low,\nat equal length")
-    figure.suptitle(f"{_sides(title, ' ')}: matched pairs, 99 % intervals", fontsize=_SIZE)
-    words = {True: "decided, adjusted over layers", False: "undecided"}
+    sides = f"{_literal(high)} against {_literal(low)}"
+    figure.suptitle(f"{sides}: matched pairs, 99 % intervals", fontsize=_SIZE)
+    words = {True: "yes, adjusted over layers", False: "no, or undecided"}
     _explain(figure, [(_decided(decided), word) for decided, word in words.items()])
     return figure
 
@@ -253,6 +254,7 @@ def models(runs: Sequence[RunValues], high: str, low: str, statistic: str) -> Fi
                 _draw(axes, means.index / last, means, style | {"linestyle": line})
         legend.append((style | {"linestyle": ""}, _literal(run.name)))
     _label(panels, projections, "relative depth", _UNITS[statistic])
+    figure.suptitle("means over examples, not controlled for length", fontsize=_SIZE)
     for line, group in sides:
         legend.append(({"color": "black", "linestyle": line}, _literal(group)))
     _explain(figure, legend)
@@ -272,7 +274,9 @@ def save(figure: Figure, path_without_suffix: str | Path) -> None:
     for suffix, settings in options.items():
         target = path.with_name(f"{path.name}.{suffix}")
         style = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gradjax"})
-        with style, whole_file(target, "output_dir") as temporary:
+        # An SVG's reader has letters that the PNG's font has not.
+        with style, warnings.catch_warnings(), whole_file(target, "output_dir") as temporary:
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
             figure.savefig(temporary, format=suffix, **settings)
 
 
@@ -340,7 +344,7 @@ def _ratio_axis(axes: Axes, which: Literal["x", "y"], rows: pd.DataFrame) -> Non
     least, most = min(ratios.min(), 1) / _BEYOND, max(ratios.max(), 1) * _BEYOND
     low = min(np.nanmax([rows["ratio_ci_low"].min(), least]), 1) if len(ratios) else 0.5
     high = max(np.nanmin([rows["ratio_ci_high"].max(), most]), 1) if len(ratios) else 2
-    room = (high / low) ** 0.15
+    room = max((high / low) ** 0.15, 1.005)
     axes.set(**{f"{which}lim": (low / room, high * room)})
     axis = axes.xaxis if which == "x" else axes.yaxis
     _number_decades(axis)
@@ -384,11 +388,6 @@ def _explain(figure: Figure, entries: Sequence[tuple[dict[str, Any], str]]) -> N
 
 def _counted(run: RunValues, group: str) -> str:
     return f"{_literal(group)} ({len(run.rows(group)):,} examples)"
-
-
-def _sides(title: str, between: str) -> str:
-    """The title of a comparison, "high against low", either side as `_literal`."""
-    return f"{between}against ".join(map(_literal, title.split(" against ")))
 
 
 def _literal(name: str) -> str:

@@ -10,11 +10,8 @@ from gradjax.storage.results import KEY, RunValues, example_means, read_matrices
 STATISTICS = [statistic for statistic, _ in HEADLINE]
 
 
-def layer_effects(run: RunValues, comparison: Comparison) -> pd.DataFrame:
+def layer_effects(comparison: Comparison) -> pd.DataFrame:
     """The effects among the pairs that decide, of each example's mean over projections.
-
-    Args:
-      run: the one that decides.
 
     Returns:
       Columns comparison, statistic, layer, ratio, ratio_ci_low, ratio_ci_high (99 %, of one layer)
@@ -23,6 +20,7 @@ def layer_effects(run: RunValues, comparison: Comparison) -> pd.DataFrame:
     Raises:
       GradjaxError: if a shard of the run cannot be read.
     """
+    run = comparison.deciding_run
     values = _values(run, [comparison.high, comparison.low])
     sides = [
         values.reindex(pd.MultiIndex.from_frame(run.rows(group)[KEY]))

@@ -40,7 +40,8 @@ larger or smaller; "yes, but negligible" if it does, and lies within ±{negligib
 deviations of what length leaves of the statistic (bounds chosen in advance: --negligible); "no"
 if it includes 1 and lies within these bounds; otherwise undecided. A "yes" also has to hold at
 {FAMILY_LEVEL:.0%} for all verdicts of the report together (Holm's adjustment over nuclear norm
-and effective rank of all comparisons).
+and effective rank of all comparisons, beyond length and beyond loss; the tables' other rows are
+adjusted for one another, and so are the layers of a statistic in a comparison).
 
 Rows of one prompt count together, as their mean, and rows of equal text once. Prompts that both
 sides have are paired with themselves; the other ones with the nearest one of the other side,

@@ -1,25 +1,23 @@
 """Many runs as one table: a row per comparison, for `gradjax report --summary`."""
 
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 
 import pandas as pd
 
 from gradjax.report.compare import RATIO, Comparison, answers, sentence
 
 
-def summary_table(runs: Sequence[Path | str], comparisons: Sequence[Comparison]) -> pd.DataFrame:
+def summary_table(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """What the sentence of each comparison says, as columns, and the sentence.
 
     Args:
-      runs: the directory of each comparison's run.
       comparisons: `settled` together, so that a "yes" holds for all of them at once.
     """
-    return pd.DataFrame([_row(run, one) for run, one in zip(runs, comparisons, strict=True)])
+    return pd.DataFrame([_row(one) for one in comparisons])
 
 
-def _row(run: Path | str, one: Comparison) -> dict[Hashable, object]:
-    found: dict[Hashable, object] = {"run": str(run), "comparison": one.name}
+def _row(one: Comparison) -> dict[Hashable, object]:
+    found: dict[Hashable, object] = {"run": str(one.run.directory), "comparison": one.name}
     for row in answers(one).to_dict("records"):
         name = row["statistic"]
         found[name] = row["answer"]

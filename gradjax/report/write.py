@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -122,9 +122,8 @@ class _Asked:
 
     runs: list[RunValues]
     equal: list[RunValues]  # their equal-length runs, if given
-    pairs: list[tuple[str, str]]  # groups
+    pairs: list[tuple[str, str]]  # groups of the first run, and but for a summary of all
     comparisons: list[Comparison]  # run by run
-    deciding: list[RunValues]  # of each comparison, the run that decides
 
     @property
     def several(self) -> bool:
@@ -135,20 +134,15 @@ class _Asked:
 def _asked(config: ReportConfig) -> _Asked:
     runs = [_read(run, config) for run in config.runs]
     equal = [_read(run, config) for run in config.equal_length_runs]
-    if config.summary:
-        runs = [dataclasses.replace(run, name=_last_name(run)) for run in runs]
-    runs = _named_apart(runs)
+    runs = _named_apart(runs, by_directory=config.summary)
     pairs = chosen_pairs(runs[0], config.compare)
     logging.info("Comparing %d groups", len({group for pair in pairs for group in pair}))
-    of_runs = list(itertools.product(zip(runs, equal or [None] * len(runs), strict=True), pairs))
-    comparisons = settled(
-        [compare(run, *pair, alone, config.negligible) for (run, alone), pair in of_runs]
-    )
-    deciding = [
-        alone if alone and one.primary == "equal_length" else run
-        for ((run, alone), _), one in zip(of_runs, comparisons, strict=True)
+    comparisons = [
+        compare(run, *pair, alone, config.negligible)
+        for run, alone in zip(runs, equal or [None] * len(runs), strict=True)
+        for pair in (chosen_pairs(run, config.compare) if config.summary else pairs)
     ]
-    return _Asked(runs, equal, pairs, comparisons, deciding)
+    return _Asked(runs, equal, pairs, settled(comparisons))
 
 
 def _write_all(
@@ -162,7 +156,7 @@ def _write_all(
         *_statistics(directory, comparisons, several),
         *_paper_tables(directory, config.by, runs, asked.pairs, paper),
     ]
-    by_layer = [layer_effects(*pair) for pair in zip(asked.deciding, comparisons, strict=True)]
+    by_layer = [layer_effects(one) for one in comparisons]
     _write_layers(directory, comparisons, by_layer, several)
     overview = [_forest(comparisons, several), *_curves(comparisons, by_layer, several)]
     drawn = _figures(directory, [*overview, *_drawings(runs, asked.pairs)])
@@ -187,8 +181,7 @@ def _write_summary(
 ) -> Page:
     """`summary.csv`; returns a page without what the runs' own reports have."""
     runs, several = asked.runs, asked.several
-    directories = [str(run.directory) for run in runs for _ in asked.pairs]
-    summary = summary_table(directories, asked.comparisons)
+    summary = summary_table(asked.comparisons)
     summary.to_csv(directory / "summary.csv", index=False)
     examples = pd.concat([run.examples.assign(run=str(run.directory)) for run in runs])
     none = pd.DataFrame(columns=[*KEY, "instruction", "output"])
@@ -228,20 +221,24 @@ def chosen_pairs(run: RunValues, given: Sequence[str]) -> list[tuple[str, str]]:
     return [(high, low) for low in others]
 
 
-def _named_apart(runs: list[RunValues]) -> list[RunValues]:
-    """The runs, those of one model called by their directories as well, or else numbered."""
-    names = _apart([run.name for run in runs], [f" ({_last_name(run)})" for run in runs])
-    names = _apart(names, [f" {number}" for number in range(1, len(runs) + 1)])
+def _named_apart(runs: list[RunValues], *, by_directory: bool) -> list[RunValues]:
+    """The runs with names that tell them apart: models', with directories where these repeat."""
+    parts = [PurePosixPath(str(run.directory)).parts for run in runs]
+    tails = [_tail(own, parts) for own in parts]
+    models = [run.name for run in runs]
+    names = [
+        tail if by_directory else f"{model} ({tail})" if models.count(model) > 1 else model
+        for model, tail in zip(models, tails, strict=True)
+    ]
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
-def _last_name(run: RunValues) -> str:
-    return PurePosixPath(str(run.directory)).name
-
-
-def _apart(names: list[str], additions: list[str]) -> list[str]:
-    pairs = zip(names, additions, strict=True)
-    return [name + more if names.count(name) > 1 else name for name, more in pairs]
+def _tail(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> str:
+    """The end of a path that no other path has."""
+    for size in range(1, len(path)):
+        if sum(other[-size:] == path[-size:] for other in paths) == 1:
+            return "/".join(path[-size:])
+    return str(PurePosixPath(*path))
 
 
 def _model(run: RunValues) -> str:
@@ -342,8 +339,10 @@ def _paper_tables(
 
     `paper` has the published spectra and similarities by run, if they were asked for.
     """
+    suffixes: list[str] = []
     for run in runs:
-        suffix = f"_{_file_name(run.name)}" if len(runs) > 1 else ""
+        suffix = _free(f"_{_file_name(run.name)}", suffixes) if len(runs) > 1 else ""
+        suffixes.append(suffix)
         spectra = tables.spectra_table(run, pairs, by)
         similarity = tables.similarity_table(run, pairs)
         if paper:
@@ -407,9 +406,16 @@ class _Drawing(NamedTuple):
 
 
 def _forest(comparisons: Sequence[Comparison], several: bool) -> _Drawing:
-    found = [answers(one).assign(name=_title(one, several)) for one in comparisons]
+    sides = [_sides(one, several) for one in comparisons]
+    drawn = figures.forest(sides, [answers(one) for one in comparisons])
     caption = "Ratios of all comparisons at equal length, with 99 % intervals"
-    return _Drawing(caption, "verdicts", figures.forest(pd.concat(found)))
+    return _Drawing(caption, "verdicts", drawn)
+
+
+def _sides(comparison: Comparison, several: bool) -> tuple[str, str]:
+    """The groups, the first with its run where there are several."""
+    where = f"{comparison.model}: " if several else ""
+    return f"{where}{comparison.high}", comparison.low
 
 
 def _curves(
@@ -418,28 +424,43 @@ def _curves(
     """Each comparison by layer."""
     for one, effects in zip(comparisons, by_layer, strict=True):
         if effects["ratio"].notna().any():
-            title = _title(one, several)
-            caption = f"By layer, at equal length (matched pairs), {title}"
+            caption = f"By layer, at equal length (matched pairs), {_title(one, several)}"
             name = "_".join([one.model] * several + [one.high, one.low, "by_layer"])
-            yield _Drawing(caption, name, figures.controlled_curves(effects, title))
+            yield _Drawing(caption, name, figures.controlled_curves(effects, *_sides(one, several)))
 
 
 def _figures(directory: Path, drawings: Iterable[_Drawing]) -> list[FigureImage]:
     """Saves figures and their list, `figures.csv`; figures of an earlier list are removed."""
     folder, listing = directory / "figures", directory / "figures.csv"
-    before = set(pd.read_csv(listing)["name"]) if listing.exists() else set()
     folder.mkdir(exist_ok=True)
-    saved, images = {}, []
+    before, saved, images = _listed(listing), {}, []
     for drawing in drawings:
-        name = _file_name(drawing.name)
+        name = _free(_file_name(drawing.name), saved)
         figures.save(drawing.figure, folder / name)
         images.append(FigureImage(drawing.caption, (folder / f"{name}.svg").read_bytes()))
         saved[name] = drawing.caption
     for name in before - saved.keys():
         for suffix in ("png", "svg"):
-            (folder / f"{_file_name(str(name))}.{suffix}").unlink(missing_ok=True)
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     pd.DataFrame(saved.items(), columns=["name", "caption"]).to_csv(listing, index=False)
     return images
+
+
+def _listed(listing: Path) -> set[str]:
+    """The names of an earlier call's figures; none where the list cannot be read."""
+    if not listing.exists():
+        return set()
+    try:
+        return {_file_name(str(name)) for name in pd.read_csv(listing)["name"]}
+    except (ValueError, KeyError):  # pandas' faults of a file are ValueErrors
+        logging.warning("%s is damaged: figures of an earlier call may be left", listing)
+        return set()
+
+
+def _free(name: str, taken: Container[str]) -> str:
+    """The name, with a number where it is taken."""
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
 def _drawings(runs: Sequence[RunValues], pairs: list[tuple[str, str]]) -> Iterator[_Drawing]:

@@ -13,6 +13,7 @@ _KEYS = [*KEY, "row_hash", "status", "reason"]
 # What helps rows without an answer of the judge, by why they have none.
 _REMEDIES = {
     "no answer": "the same command asks for them again",
+    "no usable answer": "the same command asks for them again",
     "not asked": "the same command goes on, with its --judge_budget anew",
     "given up": "what is given up is asked again only with a larger --judge_max_tokens, or with "
     "another --judge_model or --judge_prompt in another --output_dir",
@@ -49,5 +50,5 @@ def missing_answers(directory: str | Path) -> str:
         for name, of in counts.items()
     )
     found = {why for of in counts.values() for why in of}
-    remedies = [remedy for why, remedy in _REMEDIES.items() if why in found]
+    remedies = dict.fromkeys(remedy for why, remedy in _REMEDIES.items() if why in found)
     return f"{rows}: {'; '.join(remedies)}"

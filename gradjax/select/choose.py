@@ -54,8 +54,8 @@ def choose(keys: pd.DataFrame, metrics: pd.DataFrame, rule: Rule) -> Choice:
     """Chooses rows; the same ones for the same seed.
 
     Args:
-      keys: each row's `status`, and `length`, `prompt_length` and `prompt` where these are to be
-        matched.
+      keys: each row's `status`, and `length`, `prompt_length`, `prompt` and `text` where rows are
+        to be matched.
       metrics: numbers of the same rows, NaN where unknown.
 
     Raises:
@@ -79,7 +79,8 @@ def choose(keys: pd.DataFrame, metrics: pd.DataFrame, rule: Rule) -> Choice:
     parts, ends = _extremes(rule, ascending, why)
     if rule.match_length:
         ends[POOL] = _lower_half(rule, ascending, why)
-        parts[HIGH], parts[LOW] = _paired(keys, parts[HIGH], ends[POOL])
+        once = [_once(keys, rows) for rows in (parts[HIGH], ends[POOL])]
+        parts[HIGH], parts[LOW] = _paired(keys, *once)
         _require_pairs(rule, len(parts[HIGH]))
     if rule.random:
         rng, count = np.random.default_rng((rule.seed, 1)), _count("random", rule.random, why)
@@ -89,7 +90,8 @@ def choose(keys: pd.DataFrame, metrics: pd.DataFrame, rule: Rule) -> Choice:
         for name, end in ends.items()
     }
     if rule.match_length:
-        why[ends[HIGH]] = f"no row of like length is free in {POOL}"
+        why[ends[HIGH]] = "equals another high row"
+        why[_once(keys, ends[HIGH])] = f"no row of like length is free in {POOL}"
         why[ends[POOL]] = "not the partner of a high row"
     for name, cutoff in cutoffs.items():
         _reject(why, value == cutoff.value, f"lost a tie at the cutoff of {name}")
@@ -130,6 +132,11 @@ def ascend(value: np.ndarray, candidates: np.ndarray, seed: int) -> np.ndarray:
     shuffled = np.random.default_rng(seed).permutation(len(value))
     shuffled = shuffled[candidates[shuffled]]
     return shuffled[np.argsort(value[shuffled], kind="stable")]
+
+
+def _once(keys: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
+    """Those of the rows that equal no earlier one."""
+    return rows[~keys["text"].iloc[rows].duplicated().to_numpy()]
 
 
 def _paired(

@@ -21,7 +21,8 @@ from gradjax.storage.results import KEY
 from gradjax.structs import ATTENTION, Example
 
 KEYS = [*KEY, "row_hash"]
-LENGTHS = ["length", "prompt_length", "prompt"]
+LENGTHS = ["length", "prompt_length"]
+MATCHED = [*LENGTHS, "prompt", "text"]  # what rows are paired by
 _COMMON = 0.1  # share of rows from which on a field of theirs is looked at unasked
 # What a partition has columns for; a row's own field of such a name is no metric.
 RESERVED = {*KEYS, "selection_value", "instruction", "output", "messages"}
@@ -32,8 +33,9 @@ class Scored:
     """Rows with their numbers, sorted by group and example_id; both frames have the same index.
 
     `keys` has group, example_id, row_hash, status, reason ("" if none) and length, the characters
-    of the responses; where rows have been read also prompt_length, those of the rest, and prompt,
-    equal where prompts are. `metrics` is of float64. NaN where a number is not known.
+    of the responses; where rows have been read also prompt_length, those of the rest, and prompt
+    and text, equal where prompts and where texts are. `metrics` is of float64. NaN where a number
+    is not known.
     """
 
     keys: pd.DataFrame
@@ -87,7 +89,7 @@ def read_scored(
     if missing or lengths:
         rows = {group: _read_rows(sources[group]) for group in sorted(set(keys["group"]))}
         there, fields = _fields_of_scored(keys, sources, rows, missing)
-        keys[LENGTHS] = there[LENGTHS]
+        keys[MATCHED] = there[MATCHED]
         _require_found(missing, fields, metrics, "neither scored nor a number in the rows")
         metrics = metrics.join(fields)
     return Scored(keys, metrics, sources, rows)
@@ -299,11 +301,11 @@ def _read_fields(
     keys = []
     for number, row in enumerate(rows):
         example = to_example(row, source.group, number, source.reading)
-        keys.append((example.row_hash, example.status, example.reason, *_lengths(example)))
+        keys.append((example.row_hash, example.status, example.reason, *_matched_by(example)))
         numbers = _numbers(row) if fields else {}
         for name in fields.keys() & numbers.keys():
             fields[name][number] = numbers[name]
-    frame = pd.DataFrame(keys, columns=["row_hash", "status", "reason", *LENGTHS])
+    frame = pd.DataFrame(keys, columns=["row_hash", "status", "reason", *MATCHED])
     frame.insert(0, "group", source.group)
     frame.insert(1, "example_id", np.arange(len(rows)))
     return frame.astype({"length": float}), pd.DataFrame(fields, index=frame.index)
@@ -314,11 +316,12 @@ def _characters(example: Example) -> int:
     return sum(len(m.content) for m in example.messages if m.role == "assistant")
 
 
-def _lengths(example: Example) -> tuple[int, int, int]:
-    """What a row is matched by; a row without a prompt shares its with no other."""
+def _matched_by(example: Example) -> tuple[int, int, int, int]:
+    """`MATCHED` of a row; without a prompt it shares that with no other."""
     length = _characters(example)
     prompt_length = sum(len(m.content) for m in example.messages) - length
-    return length, prompt_length, hash(example.instruction or example.key)
+    texts = example.instruction, example.output
+    return length, prompt_length, hash(texts[0] or example.key), hash(texts)
 
 
 def _numbers(row: object) -> dict[str, float]:

@@ -269,7 +269,7 @@ def _pairs_table(scored: Scored, choice: Choice) -> pa.Table:
     columns = {}
     for part in (HIGH, LOW):
         rows = scored.keys.iloc[choice.parts[part]]
-        for name in (*KEYS, *LENGTHS[:2]):
+        for name in (*KEYS, *LENGTHS):
             columns[f"{part}_{name}"] = pa.Array.from_pandas(rows[name])
     return pa.table(columns)
 
