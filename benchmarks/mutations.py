@@ -51,13 +51,18 @@ def _of(file: str, *names: str) -> tuple[str, ...]:
 _SIMULATIONS = "not seldom_taken and not beyond_length_is_found and not like_real_ones"
 _REPORT = _of(
     "tests/report_test.py",
-    *("a_yes_has_to_survive_the_other_verdicts", "beyond_loss_is_asked_as_well"),
-    *("the_sentence_and_the_table_give_the_size", "separated_groups_have_an_interval_of_auroc"),
-    *(
-        "what_is_more_than_length_is_told_from_what_is_not",
-        "few_rows_and_zero_gradients_leave_gaps_empty",
-    ),
-    "comparisons_are_what_their_columns_say",
+    "a_difference_is_that_of_all_pairs_of_rows",
+    "a_difference_of_few_rows_says_what_there_is",
+    "aurocs_that_do_not_vary_have_wilsons_interval",
+    "separated_groups_have_an_interval_of_auroc",
+    "p_values_are_adjusted_by_holm",
+    "the_sentence_has_the_verdict_in_words",
+    "the_sentence_has_no_ratio_of_pairs_that_say_nothing",
+    "the_sentence_and_the_table_give_the_size",
+    "verdicts_of_the_sentence_and_of_other_rows_are_two_families",
+    "a_yes_has_to_survive_the_other_verdicts",
+    "beyond_loss_is_asked_as_well",
+    "few_rows_and_zero_gradients_leave_gaps_empty",
 )
 TARGETS = (
     Target("gradjax/report/length.py", ("tests/length_test.py",)),

@@ -23,15 +23,13 @@ from benchmarks.length import (
 )
 from gradjax.config import NEGLIGIBLE
 from gradjax.report.length import (
-    APART,
-    FEWEST_PAIRS,
     LEVEL,
-    PAIRS_PER_DEGREE,
     Effect,
     matched_effect,
     rule,
+    standard_difference,
 )
-from gradjax.report.matching import Matched, Rows, match, units_of
+from gradjax.report.matching import ROUNDING, Matched, Rows, match, units_of
 
 FAST = ("every row 5 times", "5 of a prompt, 0.9", "prompts 0.8 apart, effect 0.6", "equal")
 
@@ -111,7 +109,7 @@ def test_the_effect_is_that_of_a_regression_with_hc3_errors():
 
 @pytest.mark.parametrize(
     ("pairs", "degree"),
-    [(FEWEST_PAIRS, 1), (2 * PAIRS_PER_DEGREE - 1, 1), (2 * PAIRS_PER_DEGREE, 2), (500, 3)],
+    [(12, 1), (79, 1), (80, 2), (119, 2), (120, 3), (500, 3)],
 )
 def test_fewer_pairs_take_a_lower_degree(pairs, degree):
     rng = np.random.default_rng(0)
@@ -124,7 +122,7 @@ def test_fewer_pairs_take_a_lower_degree(pairs, degree):
 
 
 def test_fewer_pairs_than_the_fewest_decide_nothing():
-    n = FEWEST_PAIRS - 1
+    n = 11
     sides = [side(np.full(n, 7), np.full(n, 5), first * 10**6) for first in range(2)]
     assert matched_effect(match(*sides), *np.ones((2, n))) is None
 
@@ -149,11 +147,21 @@ HALF = 2.5758293  # the normal distribution's 99.5 % point
         (effect(0.001, 0.99 * (NEGLIGIBLE - 0.001) / HALF), "no"),
         (effect(0.001, 1.01 * (NEGLIGIBLE - 0.001) / HALF), "undecided"),
         (effect(0.001, 0.5 * NEGLIGIBLE / HALF, spread=0.4), "undecided"),
-        (effect(5, 1, apart=APART), "yes"),
-        (effect(5, 1, apart=-1.01 * APART), "undecided"),
+        (effect(5, 1, apart=0.5), "yes"),
+        (effect(5, 1, apart=-0.51), "undecided"),
         (effect(0, 0), "no"),
         (effect(1e-12, 0, spread=0), "no"),
         (effect(1e-6, 0), "negligible"),
+        (effect(-1e-6, 0), "negligible"),
+        # What may be rounding is no effect, however exact.
+        (effect(ROUNDING, 0), "no"),
+        (effect(-ROUNDING, 0), "no"),
+        (effect(ROUNDING, 0, spread=0), "no"),
+        (effect(-ROUNDING, 0, spread=0), "no"),
+        # The bounds of what is negligible belong to it.
+        (effect(NEGLIGIBLE, 0), "negligible"),
+        (effect(-NEGLIGIBLE, 0), "negligible"),
+        (effect(1.001 * NEGLIGIBLE, 0), "yes"),
     ],
 )
 def test_the_rule(found, verdict):
@@ -182,6 +190,31 @@ def test_as_many_pairs_as_are_said_would_decide(ratio, error):
     for pairs, decided in ((needed, True), (0.8 * needed, False)):
         more = effect(ratio, error * np.sqrt(found.pairs / pairs))
         assert (more.verdict() != "undecided") == decided
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error", "pairs"),
+    [
+        (0.2, 0.1, 170),  # 100 · (2.5758 · 0.1 / 0.2)² = 165.9
+        (-0.2, 0.1, 170),
+        (0.04, 0.05, 470),  # it is nearer to the middle than to the bounds: 0.06 are needed
+        (0.0, 0.07, 330),  # 325.1
+        (0.0, 0.7, 33_000),  # 32,512
+        (0.2, 0.01, 2),  # 1.66
+    ],
+)
+def test_needed_pairs_are_said_in_two_digits(ratio, error, pairs):
+    assert effect(ratio, error).pairs_to_decide(0.1) == pairs
+
+
+def test_standard_differences_in_closed_form():
+    high, low = np.array([1.0, 3.0]), np.array([0.0, 4.0, 8.0, 12.0])  # variances 1 and 20
+    assert standard_difference(high, low) == pytest.approx(-4 / np.sqrt(10.5))
+    assert standard_difference(low, high) == pytest.approx(4 / np.sqrt(10.5))
+    flat = np.full(5, 2.0)
+    assert standard_difference(flat, flat) == 0
+    assert standard_difference(flat, flat + 1e-13) == 0
+    assert standard_difference(flat, flat + 1) == -np.inf
 
 
 @pytest.mark.parametrize("apart", [0.0, 1e-12, 2.0])

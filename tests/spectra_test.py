@@ -249,6 +249,18 @@ def test_closed_forms():
     assert measures.effective_rank(np.array([2.0, 1.0])) == pytest.approx(two_thirds, rel=1e-15)
 
 
+def test_a_batch_is_measured_row_by_row():
+    values = np.array([[3.0, 2.0, 0.5], [4e-300, 3e-300, 0.0], [5e200, 0.0, 0.0]])
+    for measure in (measures.nuclear_norm, measures.effective_rank, measures.frobenius_norm):
+        found = measure(values.astype(np.float64))
+        np.testing.assert_allclose(found, [measure(row) for row in values], rtol=1e-15)
+        assert measure(values[None]).shape == (1, 3)
+    np.testing.assert_allclose(measures.nuclear_norm(values), [5.5, 7e-300, 5e200], rtol=1e-15)
+    expected = [np.sqrt(13.25), 5e-300, 5e200]
+    np.testing.assert_allclose(measures.frobenius_norm(values), expected, rtol=1e-15)
+    assert measures.frobenius_norm(np.zeros((2, 0))).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
 def test_cosines_and_entries_at_any_scale(scale):
     rng = np.random.default_rng(5)
