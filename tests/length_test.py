@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from scipy.stats import gmean
+from scipy.stats import gmean, t
 
 from benchmarks.length import (
     AUROCS,
@@ -271,6 +271,21 @@ def test_intervals_of_gaps_cover_the_truth(ratio):
         ends = found.interval(0.05)
         inside += ends[0] < ratio - 1 < ends[1]
     assert 0.91 < inside / 200 < 0.985
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5])
+def test_the_error_of_a_gap_is_that_of_leaving_pairs_out(ratio):
+    rng = np.random.default_rng(0)
+    sides = [side(np.full(199, 31), np.full(199, 7), n * 10**6) for n in range(2)]
+    high, low = np.exp(0.6 * rng.standard_normal((2, 199))) * [[ratio], [1]]
+    found = matched_effect(identity(*sides), high, low)
+    assert found is not None
+    assert found.gap == pytest.approx(gmean(high) - gmean(low), abs=1e-12)
+    gaps = [gmean(np.delete(high, n)) - gmean(np.delete(low, n)) for n in range(199)]
+    error = np.linalg.norm(np.array(gaps) - found.gap)
+    assert found.gap_error == pytest.approx(error, rel=0.01)
+    half = t.ppf(0.95, 198) * found.gap_error
+    assert found.interval(0.1) == pytest.approx((found.gap - half, found.gap + half))
 
 
 @pytest.mark.parametrize("lengths", [(7,), (7, 11), (7, 11, 13), (7, 11, 13, 17)])

@@ -22,7 +22,7 @@ from gradjax.config import RunConfig, SpectraConfig
 from gradjax.errors import GradjaxError
 from gradjax.report import figures
 from gradjax.report.clusters import with_clusters
-from gradjax.report.compare import COLUMNS, compare, difference, holm, sentence, settled
+from gradjax.report.compare import COLUMNS, Comparison, compare, difference, holm, sentence, settled
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.write import ReportConfig, write_report
@@ -58,6 +58,11 @@ def directory(tmp_path_factory) -> Path:
         "same": draw(3, 83, length=80, norm=0.5),
     }
     return write_run(tmp_path_factory.mktemp("runs") / "run", groups)
+
+
+@pytest.fixture(scope="module")
+def compared(directory) -> Comparison:
+    return compare(read_values(directory), "long", "short")
 
 
 PAIRS = ("long:short", "long:same")
@@ -510,16 +515,15 @@ def test_p_values_are_adjusted_by_holm():
     assert holm([]) == []
 
 
-def test_verdicts_of_the_sentence_and_of_other_rows_are_two_families(directory):
-    one = compare(read_values(directory), "long", "short")
+def test_verdicts_of_the_sentence_and_of_other_rows_are_two_families(compared):
     name, *others = [("nuclear_norm", "all"), ("nuclear_norm", "q"), ("nuclear_norm", "k")]
-    known = one.effects[name]
+    known = compared.effects[name]
     assert known
     doubtful = dataclasses.replace(known, log_ratio=1.0, error=1 / 2.8, degrees_of_freedom=1e6)
     unknown = dataclasses.replace(doubtful, apart=(9.0, 9.0))  # without a p
 
     def said(effects) -> list[str]:
-        (found,) = settled([dataclasses.replace(one, effects=effects, loss_effects={})])
+        (found,) = settled([dataclasses.replace(compared, effects=effects, loss_effects={})])
         table = found.table.set_index(["statistic", "projection"])
         assert set(table["beyond_loss"].dropna()) == {"undecided"}
         return list(table.loc[[name, *others], "beyond_length"])
@@ -550,25 +554,23 @@ def test_verdicts_of_the_sentence_and_of_other_rows_are_two_families(directory):
         ("undecided", 12.0, (0.05, 1234.0), "ratio 12 [0.05, 1.23e+03]; about {} such pairs"),
     ],
 )
-def test_the_sentence_has_the_verdict_in_words(directory, verdict, ratio, ends, says):
-    found = compare(read_values(directory), "long", "short")
-    table = found.table.copy()
+def test_the_sentence_has_the_verdict_in_words(compared, verdict, ratio, ends, says):
+    table = compared.table.copy()
     rows = (table["statistic"] == "nuclear_norm") & (table["projection"] == "all")
     columns = ["beyond_length", "ratio", "ratio_ci_low", "ratio_ci_high"]
     table.loc[rows, columns] = [verdict, ratio, *ends]
-    effect = found.effects["nuclear_norm", "all"]
+    effect = compared.effects["nuclear_norm", "all"]
     assert effect
-    needed = f"{effect.pairs_to_decide(found.negligible):,}"
-    assert says.format(needed) in sentence(dataclasses.replace(found, table=table))
+    needed = f"{effect.pairs_to_decide(compared.negligible):,}"
+    assert says.format(needed) in sentence(dataclasses.replace(compared, table=table))
 
 
-def test_the_sentence_has_no_ratio_of_pairs_that_say_nothing(directory):
-    found = compare(read_values(directory), "long", "short")
-    effect = found.effects["nuclear_norm", "all"]
+def test_the_sentence_has_no_ratio_of_pairs_that_say_nothing(compared):
+    effect = compared.effects["nuclear_norm", "all"]
     assert effect
     for unknown in (None, dataclasses.replace(effect, apart=(9.0, 0.0))):
-        effects = found.effects | {("nuclear_norm", "all"): unknown}
-        said = sentence(dataclasses.replace(found, effects=effects))
+        effects = compared.effects | {("nuclear_norm", "all"): unknown}
+        said = sentence(dataclasses.replace(compared, effects=effects))
         assert "beyond length: nuclear norm undecided; effective rank" in said
 
 
