@@ -245,6 +245,20 @@ def test_a_known_effect_is_recovered_whatever_length_and_prompt_do():
     assert found.verdict() == "yes"
 
 
+def test_what_length_does_in_a_narrow_range_is_taken_off_as_well():
+    """A range of a thousandth, and a statistic that goes with the cube of the logarithm in it."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(20_000, 20_021, (2, 150))
+    logs = np.log(target)
+    high, low = np.exp(0.3 * ((logs - logs.mean()) / logs.std()) ** 3)
+    sides = [side(target[n], np.full(150, 7), n * 10**6) for n in range(2)]
+    found = matched_effect(identity(*sides), 1.25 * high, low)
+    assert found is not None
+    assert found.log_ratio == pytest.approx(np.log(1.25), abs=1e-6)
+    assert found.error == pytest.approx(0, abs=1e-6)
+    assert found.spread == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1, 1.3])
 @pytest.mark.parametrize("same_prompts", [False, True])
 def test_intervals_cover_the_truth(ratio, same_prompts):
