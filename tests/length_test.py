@@ -121,8 +121,8 @@ def test_fewer_pairs_take_a_lower_degree(pairs, degree):
     assert found.pairs == pairs
 
 
-def test_fewer_pairs_than_the_fewest_decide_nothing():
-    n = 11
+@pytest.mark.parametrize("n", [1, 2, 11])
+def test_fewer_pairs_than_the_fewest_decide_nothing(n):
     sides = [side(np.full(n, 7), np.full(n, 5), first * 10**6) for first in range(2)]
     assert matched_effect(match(*sides), *np.ones((2, n))) is None
 
