@@ -64,6 +64,21 @@ _REPORT = _of(
     "beyond_loss_is_asked_as_well",
     "few_rows_and_zero_gradients_leave_gaps_empty",
 )
+_MEASURES = _of(
+    "tests/spectra_test.py",
+    "closed_forms",
+    "a_batch_is_measured_row_by_row",
+    "cosines_and_entries_at_any_scale",
+    "zero_gradient",
+    "equal_to_the_svd_of_the_product",
+)
+_SINGULAR_VALUES = _of(
+    "tests/spectra_test.py",
+    "equal_to_the_svd_of_the_product",
+    "zero_gradient",
+    "repeated_tokens_leave_the_tail_at_zero",
+    "the_qr_route_is_within_a_millionth_of_the_largest_value",
+)
 TARGETS = (
     Target("gradjax/report/length.py", ("tests/length_test.py",)),
     Target("gradjax/report/matching.py", ("tests/matching_test.py", "tests/length_test.py")),
@@ -73,8 +88,8 @@ TARGETS = (
         ("settled", "holm", "answer", "_said", "difference", "_auroc_interval"),
     ),
     Target("gradjax/report/layers.py", ("tests/layers_test.py",)),
-    Target("gradjax/spectra/measures.py", ("tests/spectra_test.py",)),
-    Target("gradjax/spectra/singular_values.py", ("tests/spectra_test.py",)),
+    Target("gradjax/spectra/measures.py", _MEASURES),
+    Target("gradjax/spectra/singular_values.py", _SINGULAR_VALUES),
 )
 _WORDS = {"rule"}  # functions that only write text
 
