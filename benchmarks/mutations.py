@@ -74,6 +74,7 @@ _MEASURES = _of(
 )
 _SINGULAR_VALUES = _of(
     "tests/spectra_test.py",
+    "a_batch_has_the_values_of_its_rows",
     "equal_to_the_svd_of_the_product",
     "zero_gradient",
     "repeated_tokens_leave_the_tail_at_zero",

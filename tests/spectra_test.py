@@ -61,6 +61,17 @@ def test_equal_to_the_svd_of_the_product(route, shape):
     np.testing.assert_allclose(expected[len(values) :], 0, atol=1e-12 * expected[0])
 
 
+def test_a_batch_has_the_values_of_its_rows():
+    rng = np.random.default_rng(0)
+    x, delta = (rng.standard_normal((3, 5, side)).astype(np.float32) for side in (11, 17))
+    (found,) = gram_singular_values(np, x, [delta])
+    formed = matrix_singular_values(np, np.swapaxes(delta, 1, 2) @ x)
+    for row in range(3):
+        expected = exact(x[row], delta[row])
+        np.testing.assert_allclose(found[row], expected[:5], rtol=1e-9)
+        np.testing.assert_allclose(formed[row], expected, rtol=0, atol=1e-6 * expected[0])
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(ROUTES),
