@@ -1,5 +1,6 @@
 """The benchmark of accelerators on the CPU, at the size of the embedded model."""
 
+import ast
 import csv
 import json
 import math
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import ways
+from benchmarks import mutations, ways
 from benchmarks.kernels import KERNELS, measure_kernel
 from benchmarks.profiles import idle_time
 from benchmarks.shapes import shape_config
@@ -139,6 +140,38 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 def test_cycles_count_as_often_as_their_loop_turns():
     assert estimated_cycles(HLO, turns=2.5) == (5 * (10 + 2.5 * 7) + 1000 + 100, True)
+
+
+FORMULA = """
+def spread(rest, rank: int = 2):
+    \"""In words.\"""
+    if len(rest) <= rank:
+        return None
+    return np.sqrt(rest / max(len(rest) - rank, 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("np.sqrt(rest / max(len(rest) - rank, 1))", "rest / max(len(rest) - rank, 1)"),
+        ("rest / max(len(rest) - rank, 1)", "rest"),
+        ("rest / max(len(rest) - rank, 1)", "rest * max(len(rest) - rank, 1)"),
+        ("max(len(rest) - rank, 1)", "(len(rest) - rank)"),
+        ("len(rest) - rank", "len(rest)"),
+        ("len(rest) - rank", "len(rest) + rank"),
+        ("max(len(rest) - rank, 1)", "max(len(rest) - rank, 0)"),
+        ("len(rest) <= rank", "len(rest) < rank"),
+        ("len(rest) <= rank", "False"),
+        ("rank: int = 2", "rank: int = 1"),
+    ],
+)
+def test_a_mutant_has_one_fault(old, new):
+    found = mutations.mutants(mutations.Target("f.py", ()), FORMULA)
+    changed = FORMULA.replace(old, new).strip()
+    assert ast.unparse(ast.parse(changed)) in [one.text for one in found]
+    assert all(one.diff.count("\n-") + one.diff.startswith("-") == 1 for one in found)
+    assert not mutations.mutants(mutations.Target("f.py", (), ("another",)), FORMULA)
 
 
 def accelerator(*flags: str) -> subprocess.CompletedProcess:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from scipy.stats import gmean
+from scipy.stats import gmean, t
 
 from benchmarks.length import (
     AUROCS,
@@ -23,15 +23,13 @@ from benchmarks.length import (
 )
 from gradjax.config import NEGLIGIBLE
 from gradjax.report.length import (
-    APART,
-    FEWEST_PAIRS,
     LEVEL,
-    PAIRS_PER_DEGREE,
     Effect,
     matched_effect,
     rule,
+    standard_difference,
 )
-from gradjax.report.matching import Matched, Rows, match, units_of
+from gradjax.report.matching import ROUNDING, Matched, Rows, match, units_of
 
 FAST = ("every row 5 times", "5 of a prompt, 0.9", "prompts 0.8 apart, effect 0.6", "equal")
 
@@ -111,7 +109,7 @@ def test_the_effect_is_that_of_a_regression_with_hc3_errors():
 
 @pytest.mark.parametrize(
     ("pairs", "degree"),
-    [(FEWEST_PAIRS, 1), (2 * PAIRS_PER_DEGREE - 1, 1), (2 * PAIRS_PER_DEGREE, 2), (500, 3)],
+    [(12, 1), (79, 1), (80, 2), (119, 2), (120, 3), (500, 3)],
 )
 def test_fewer_pairs_take_a_lower_degree(pairs, degree):
     rng = np.random.default_rng(0)
@@ -123,8 +121,8 @@ def test_fewer_pairs_take_a_lower_degree(pairs, degree):
     assert found.pairs == pairs
 
 
-def test_fewer_pairs_than_the_fewest_decide_nothing():
-    n = FEWEST_PAIRS - 1
+@pytest.mark.parametrize("n", [1, 2, 11])
+def test_fewer_pairs_than_the_fewest_decide_nothing(n):
     sides = [side(np.full(n, 7), np.full(n, 5), first * 10**6) for first in range(2)]
     assert matched_effect(match(*sides), *np.ones((2, n))) is None
 
@@ -149,11 +147,21 @@ HALF = 2.5758293  # the normal distribution's 99.5 % point
         (effect(0.001, 0.99 * (NEGLIGIBLE - 0.001) / HALF), "no"),
         (effect(0.001, 1.01 * (NEGLIGIBLE - 0.001) / HALF), "undecided"),
         (effect(0.001, 0.5 * NEGLIGIBLE / HALF, spread=0.4), "undecided"),
-        (effect(5, 1, apart=APART), "yes"),
-        (effect(5, 1, apart=-1.01 * APART), "undecided"),
+        (effect(5, 1, apart=0.5), "yes"),
+        (effect(5, 1, apart=-0.51), "undecided"),
         (effect(0, 0), "no"),
         (effect(1e-12, 0, spread=0), "no"),
         (effect(1e-6, 0), "negligible"),
+        (effect(-1e-6, 0), "negligible"),
+        # What may be rounding is no effect, however exact.
+        (effect(ROUNDING, 0), "no"),
+        (effect(-ROUNDING, 0), "no"),
+        (effect(ROUNDING, 0, spread=0), "no"),
+        (effect(-ROUNDING, 0, spread=0), "no"),
+        # The bounds of what is negligible belong to it.
+        (effect(NEGLIGIBLE, 0), "negligible"),
+        (effect(-NEGLIGIBLE, 0), "negligible"),
+        (effect(1.001 * NEGLIGIBLE, 0), "yes"),
     ],
 )
 def test_the_rule(found, verdict):
@@ -184,6 +192,31 @@ def test_as_many_pairs_as_are_said_would_decide(ratio, error):
         assert (more.verdict() != "undecided") == decided
 
 
+@pytest.mark.parametrize(
+    ("ratio", "error", "pairs"),
+    [
+        (0.2, 0.1, 170),  # 100 · (2.5758 · 0.1 / 0.2)² = 165.9
+        (-0.2, 0.1, 170),
+        (0.04, 0.05, 470),  # it is nearer to the middle than to the bounds: 0.06 are needed
+        (0.0, 0.07, 330),  # 325.1
+        (0.0, 0.7, 33_000),  # 32,512
+        (0.2, 0.01, 2),  # 1.66
+    ],
+)
+def test_needed_pairs_are_said_in_two_digits(ratio, error, pairs):
+    assert effect(ratio, error).pairs_to_decide(0.1) == pairs
+
+
+def test_standard_differences_in_closed_form():
+    high, low = np.array([1.0, 3.0]), np.array([0.0, 4.0, 8.0, 12.0])  # variances 1 and 20
+    assert standard_difference(high, low) == pytest.approx(-4 / np.sqrt(10.5))
+    assert standard_difference(low, high) == pytest.approx(4 / np.sqrt(10.5))
+    flat = np.full(5, 2.0)
+    assert standard_difference(flat, flat) == 0
+    assert standard_difference(flat, flat + 1e-13) == 0
+    assert standard_difference(flat, flat + 1) == -np.inf
+
+
 @pytest.mark.parametrize("apart", [0.0, 1e-12, 2.0])
 def test_p_without_any_error(apart):
     assert effect(apart, 0).p == (0 if apart > 1 else 1)
@@ -212,6 +245,20 @@ def test_a_known_effect_is_recovered_whatever_length_and_prompt_do():
     assert found.verdict() == "yes"
 
 
+def test_what_length_does_in_a_narrow_range_is_taken_off_as_well():
+    """A range of a thousandth, and a statistic that goes with the cube of the logarithm in it."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(20_000, 20_021, (2, 150))
+    logs = np.log(target)
+    high, low = np.exp(0.3 * ((logs - logs.mean()) / logs.std()) ** 3)
+    sides = [side(target[n], np.full(150, 7), n * 10**6) for n in range(2)]
+    found = matched_effect(identity(*sides), 1.25 * high, low)
+    assert found is not None
+    assert found.log_ratio == pytest.approx(np.log(1.25), abs=1e-6)
+    assert found.error == pytest.approx(0, abs=1e-6)
+    assert found.spread == pytest.approx(0, abs=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1, 1.3])
 @pytest.mark.parametrize("same_prompts", [False, True])
 def test_intervals_cover_the_truth(ratio, same_prompts):
@@ -238,6 +285,21 @@ def test_intervals_of_gaps_cover_the_truth(ratio):
         ends = found.interval(0.05)
         inside += ends[0] < ratio - 1 < ends[1]
     assert 0.91 < inside / 200 < 0.985
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5])
+def test_the_error_of_a_gap_is_that_of_leaving_pairs_out(ratio):
+    rng = np.random.default_rng(0)
+    sides = [side(np.full(199, 31), np.full(199, 7), n * 10**6) for n in range(2)]
+    high, low = np.exp(0.6 * rng.standard_normal((2, 199))) * [[ratio], [1]]
+    found = matched_effect(identity(*sides), high, low)
+    assert found is not None
+    assert found.gap == pytest.approx(gmean(high) - gmean(low), abs=1e-12)
+    gaps = [gmean(np.delete(high, n)) - gmean(np.delete(low, n)) for n in range(199)]
+    error = np.linalg.norm(np.array(gaps) - found.gap)
+    assert found.gap_error == pytest.approx(error, rel=0.01)
+    half = t.ppf(0.95, 198) * found.gap_error
+    assert found.interval(0.1) == pytest.approx((found.gap - half, found.gap + half))
 
 
 @pytest.mark.parametrize("lengths", [(7,), (7, 11), (7, 11, 13), (7, 11, 13, 17)])

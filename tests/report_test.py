@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, t
 from statsmodels.stats.multitest import multipletests
 
 import gradjax
@@ -22,7 +22,16 @@ from gradjax.config import RunConfig, SpectraConfig
 from gradjax.errors import GradjaxError
 from gradjax.report import figures
 from gradjax.report.clusters import with_clusters
-from gradjax.report.compare import COLUMNS, compare, difference, ratio_columns, sentence, settled
+from gradjax.report.compare import (
+    COLUMNS,
+    Comparison,
+    compare,
+    difference,
+    holm,
+    ratio_columns,
+    sentence,
+    settled,
+)
 from gradjax.report.published import published
 from gradjax.report.tables import similarity_table, spectra_table
 from gradjax.report.write import ReportConfig, write_report
@@ -58,6 +67,11 @@ def directory(tmp_path_factory) -> Path:
         "same": draw(3, 83, length=80, norm=0.5),
     }
     return write_run(tmp_path_factory.mktemp("runs") / "run", groups)
+
+
+@pytest.fixture(scope="module")
+def compared(directory) -> Comparison:
+    return compare(read_values(directory), "long", "short")
 
 
 PAIRS = ("long:short", "long:same")
@@ -450,6 +464,123 @@ def test_separated_groups_have_an_interval_of_auroc():
     found = difference(np.arange(20) + 100.0, np.arange(20.0))
     assert found["auroc"] == found["auroc_high"] == 1
     assert 0.8 < found["auroc_low"] < 0.9
+
+
+def test_a_difference_is_that_of_all_pairs_of_rows():
+    """AUROC by going through all pairs; Brunner and Munzel's interval, written out here."""
+    rng = np.random.default_rng(0)
+    high, low = rng.normal(0.5, 1, 61).round(1), rng.normal(0, 1.5, 83).round(1)
+    found = difference(np.append(high, [np.nan, np.inf]), np.append(np.nan, low))
+    above = (np.sign(high[:, None] - low) + 1) / 2
+    assert (found["n_high"], found["n_low"]) == (61, 83)
+    assert found["auroc"] == pytest.approx(above.mean())
+    assert found["cliffs_delta"] == pytest.approx(
+        (high[:, None] > low).mean() - (high[:, None] < low).mean()
+    )
+    parts = [above.mean(axis=1).var(ddof=1) / 61, above.mean(axis=0).var(ddof=1) / 83]
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 60 + parts[1] ** 2 / 82)
+    half = t.ppf(0.975, freedom) * np.sqrt(sum(parts))
+    assert found["auroc_low"] == pytest.approx(above.mean() - half)
+    assert found["auroc_high"] == pytest.approx(above.mean() + half)
+    assert found["gap"] == pytest.approx(high.mean() - low.mean())
+    half = 1.96 * np.sqrt(high.var() / 61 + low.var() / 83)
+    assert found["ci_low"] == pytest.approx(found["gap"] - half, abs=half / 10)
+    assert found["ci_high"] == pytest.approx(found["gap"] + half, abs=half / 10)
+    assert found["p"] == pytest.approx(mannwhitneyu(high, low).pvalue)
+    assert found == difference(high, low)
+
+
+def test_a_difference_of_few_rows_says_what_there_is():
+    nothing = np.array([np.nan])
+    assert difference(nothing, np.ones(3)) == {"n_high": 0, "n_low": 3}
+    assert difference(np.ones(3), nothing) == {"n_high": 3, "n_low": 0}
+    for high, low in ((1, 2), (2, 1)):
+        found = difference(np.arange(high) + 5.0, np.arange(low) + 1.0)
+        assert (found["auroc"], found["cliffs_delta"]) == (1, 1)
+        assert not {"p", "ci_low", "auroc_low"} & set(found)
+    assert "p" in difference(np.array([1.0, 3]), np.array([2.0, 4]))
+
+
+def test_aurocs_that_do_not_vary_have_wilsons_interval():
+    z = 1.959964
+    for high, low, auroc in ((9.0, 1.0, 1), (1.0, 9.0, 0), (1.0, 1.0, 0.5)):
+        found = difference(np.full(10, high), np.full(15, low))
+        center, half = (
+            (auroc + z**2 / 20) / (1 + z**2 / 10),
+            z / (1 + z**2 / 10) * np.sqrt(auroc * (1 - auroc) / 10 + z**2 / 400),
+        )
+        assert found["auroc"] == auroc
+        assert found["auroc_low"] == pytest.approx(center - half, abs=1e-6)
+        assert found["auroc_high"] == pytest.approx(center + half, abs=1e-6)
+    few = difference(
+        np.array([1.0, 3, 4]), np.array([2.0, 0, -1])
+    )  # intervals of few rows are wide
+    assert few["auroc"] == pytest.approx(8 / 9)
+    assert few["auroc_high"] == 1
+
+
+def test_p_values_are_adjusted_by_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_verdicts_of_the_sentence_and_of_other_rows_are_two_families(compared):
+    name, *others = [("nuclear_norm", "all"), ("nuclear_norm", "q"), ("nuclear_norm", "k")]
+    known = compared.effects[name]
+    assert known
+    doubtful = dataclasses.replace(known, log_ratio=1.0, error=1 / 2.8, degrees_of_freedom=1e6)
+    unknown = dataclasses.replace(doubtful, apart=(9.0, 9.0))  # without a p
+
+    def said(effects) -> list[str]:
+        (found,) = settled([dataclasses.replace(compared, effects=effects, loss_effects={})])
+        table = found.table.set_index(["statistic", "projection"])
+        assert set(table["beyond_loss"].dropna()) == {"undecided"}
+        return list(table.loc[[name, *others], "beyond_length"])
+
+    assert said({name: doubtful, **dict.fromkeys(others, doubtful)}) == ["yes", "yes", "yes"]
+    many = {("loss", str(n)): doubtful for n in range(8)}  # p of 0.0051 ten times
+    assert said(dict.fromkeys([name, *others], doubtful) | many) == ["yes", *2 * ["undecided"]]
+    rest = {name: unknown, others[0]: None, others[1]: doubtful}
+    assert said(rest) == ["undecided", "undecided", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "ratio", "ends", "says"),
+    [
+        ("yes", 1.2, (1.1, 1.3), "norm yes, larger in long, ratio 1.200 [1.100, 1.300];"),
+        ("yes", 0.8, (0.7, 0.9), "norm yes, smaller in long, ratio 0.800 [0.700, 0.900];"),
+        (
+            "negligible",
+            1.01,
+            (1.005, 1.02),
+            "norm yes, but negligible, ratio 1.010 [1.005, 1.020];",
+        ),
+        ("no", 1.0, (0.99, 1.01), "norm no, ratio 1.000 [0.990, 1.010];"),
+        ("undecided", 1.2, (1.1, 1.3), "[1.100, 1.300], which may be chance among so many"),
+        ("undecided", 0.8, (0.7, 0.9), "[0.700, 0.900], which may be chance among so many"),
+        ("undecided", 1.2, (1.0, 1.4), "[1.000, 1.400]; about {} such pairs would decide"),
+        ("undecided", 0.8, (0.6, 1.0), "[0.600, 1.000]; about {} such pairs would decide"),
+        ("undecided", 12.0, (0.05, 1234.0), "ratio 12 [0.05, 1.23e+03]; about {} such pairs"),
+    ],
+)
+def test_the_sentence_has_the_verdict_in_words(compared, verdict, ratio, ends, says):
+    table = compared.table.copy()
+    rows = (table["statistic"] == "nuclear_norm") & (table["projection"] == "all")
+    columns = ["beyond_length", "ratio", "ratio_ci_low", "ratio_ci_high"]
+    table.loc[rows, columns] = [verdict, ratio, *ends]
+    effect = compared.effects["nuclear_norm", "all"]
+    assert effect
+    needed = f"{effect.pairs_to_decide(compared.negligible):,}"
+    assert says.format(needed) in sentence(dataclasses.replace(compared, table=table))
+
+
+def test_the_sentence_has_no_ratio_of_pairs_that_say_nothing(compared):
+    effect = compared.effects["nuclear_norm", "all"]
+    assert effect
+    for unknown in (None, dataclasses.replace(effect, apart=(9.0, 0.0))):
+        effects = compared.effects | {("nuclear_norm", "all"): unknown}
+        said = sentence(dataclasses.replace(compared, effects=effects))
+        assert "beyond length: nuclear norm undecided; effective rank" in said
 
 
 def test_a_folder_that_cannot_be_written_is_said(directory, tmp_path):

@@ -61,6 +61,17 @@ def test_equal_to_the_svd_of_the_product(route, shape):
     np.testing.assert_allclose(expected[len(values) :], 0, atol=1e-12 * expected[0])
 
 
+def test_a_batch_has_the_values_of_its_rows():
+    rng = np.random.default_rng(0)
+    x, delta = (rng.standard_normal((3, 5, side)).astype(np.float32) for side in (11, 17))
+    (found,) = gram_singular_values(np, x, [delta])
+    formed = matrix_singular_values(np, np.swapaxes(delta, 1, 2) @ x)
+    for row in range(3):
+        expected = exact(x[row], delta[row])
+        np.testing.assert_allclose(found[row], expected[:5], rtol=1e-9)
+        np.testing.assert_allclose(formed[row], expected, rtol=0, atol=1e-6 * expected[0])
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(ROUTES),
@@ -247,6 +258,18 @@ def test_closed_forms():
     assert np.isnan(measures.effective_rank(np.zeros(3)))
     two_thirds = np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3)))
     assert measures.effective_rank(np.array([2.0, 1.0])) == pytest.approx(two_thirds, rel=1e-15)
+
+
+def test_a_batch_is_measured_row_by_row():
+    values = np.array([[3.0, 2.0, 0.5], [4e-300, 3e-300, 0.0], [5e200, 0.0, 0.0]])
+    for measure in (measures.nuclear_norm, measures.effective_rank, measures.frobenius_norm):
+        found = measure(values.astype(np.float64))
+        np.testing.assert_allclose(found, [measure(row) for row in values], rtol=1e-15)
+        assert measure(values[None]).shape == (1, 3)
+    np.testing.assert_allclose(measures.nuclear_norm(values), [5.5, 7e-300, 5e200], rtol=1e-15)
+    expected = [np.sqrt(13.25), 5e-300, 5e200]
+    np.testing.assert_allclose(measures.frobenius_norm(values), expected, rtol=1e-15)
+    assert measures.frobenius_norm(np.zeros((2, 0))).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30])

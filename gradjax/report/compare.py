@@ -201,7 +201,7 @@ class _Asked(NamedTuple):
 
 def holm(p: Sequence[float]) -> list[float]:
     """p values, adjusted for one another."""
-    return np.asarray(multipletests(p, method="holm")[1]).tolist() if p else []
+    return np.asarray(multipletests(p, method="holm")[1]).tolist()
 
 
 def answers(comparison: Comparison) -> pd.DataFrame:
