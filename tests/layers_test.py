@@ -3,12 +3,13 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from benchmarks.made_up_runs import Group, write_run
 from gradjax.report import layers
-from gradjax.report.compare import compare
+from gradjax.report.compare import Comparison, compare
 from gradjax.report.layers import layer_effects
 from gradjax.storage.results import RunValues, read_values
 
@@ -29,6 +30,11 @@ def run(tmp_path_factory) -> RunValues:
     return read_values(write_run(path, groups, layers=LAYERS))
 
 
+def effects(comparison: Comparison) -> pd.DataFrame:
+    (found,) = layer_effects([comparison])
+    return found
+
+
 def change_layers(monkeypatch, factors: dict[int, float]) -> None:
     """Norms of `high` are multiplied in these layers."""
     read = layers.read_matrices
@@ -44,7 +50,7 @@ def change_layers(monkeypatch, factors: dict[int, float]) -> None:
 
 def test_a_layer_like_all_others_has_the_verdicts_ratio(run):
     comparison = compare(run, "high", "low")
-    found = layer_effects(comparison)
+    found = effects(comparison)
     table = comparison.table[comparison.table["projection"] == "all"].set_index("statistic")
     assert list(found["layer"]) == 2 * list(range(LAYERS))
     for statistic, by_layer in found.groupby("statistic"):
@@ -54,9 +60,9 @@ def test_a_layer_like_all_others_has_the_verdicts_ratio(run):
 
 def test_the_layer_that_differs_is_found(run, monkeypatch):
     comparison = compare(run, "high", "low")
-    plain = layer_effects(comparison)["ratio"].to_numpy()
+    plain = effects(comparison)["ratio"].to_numpy()
     change_layers(monkeypatch, {2: 1.5, 4: 0.5})
-    found = layer_effects(comparison)
+    found = effects(comparison)
     factors = np.array([1, 1, 1.5, 1, 0.5, 1, 1, *([1] * LAYERS)])
     np.testing.assert_allclose(found["ratio"], plain * factors, rtol=1e-5)
     assert list(found["beyond_length"][[2, 4]]) == ["yes", "yes"]
@@ -70,14 +76,14 @@ def test_verdicts_are_adjusted_over_the_layers_of_a_statistic(run, monkeypatch):
     p = np.array([0.5, 0.0085, 0.5, 0.006, 0.5, 0.5, 0.5])
     logs = stats.t.isf(p / 2, effect.degrees_of_freedom) * effect.error
     change_layers(monkeypatch, dict(enumerate(np.exp(logs - effect.log_ratio))))
-    found = layer_effects(comparison)[:LAYERS]
+    found = effects(comparison)[:LAYERS]
     assert (found["ratio_ci_low"][[1, 3]] > 1).all()
     assert list(found["beyond_length"] == "yes") == [False, False, False, True, False, False, False]
     assert found["beyond_length"][1] == "undecided"
 
 
 def test_few_pairs_leave_layers_open(run):
-    found = layer_effects(compare(run, "other", "low"))
+    found = effects(compare(run, "other", "low"))
     assert found["ratio"].isna().all()
     assert set(found["beyond_length"]) == {"undecided"}
 
@@ -99,6 +105,21 @@ def test_a_run_that_is_cut_itself_decides_whatever_else_is_given(tmp_path):
     other, run = (
         dataclasses.replace(one, manifest=one.manifest | {"data": data}) for one in (other, run)
     )
-    alone, beside = (layer_effects(compare(run, "high", "low", of)) for of in (None, other))
+    alone, beside = (effects(compare(run, "high", "low", of)) for of in (None, other))
     assert alone.equals(beside)
     assert alone["ratio"].notna().all()
+
+
+def test_a_run_is_read_once_whatever_is_compared(run, monkeypatch):
+    comparisons = [compare(run, "high", "low"), compare(run, "other", "low")]
+    alone = [effects(one) for one in comparisons]
+    reads, read = [], layers.read_matrices
+
+    def counted(*args):
+        reads.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(layers, "read_matrices", counted)
+    for together, by_itself in zip(layer_effects(comparisons), alone, strict=True):
+        pd.testing.assert_frame_equal(together, by_itself)
+    assert len(reads) == 1

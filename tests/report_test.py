@@ -641,7 +641,7 @@ def test_figures_of_like_names_do_not_replace_each_other(tmp_path, no_figures):
 
 
 def test_pairs_that_are_too_unlike_show_no_ratio(tmp_path):
-    """As many prompts are far apart as let the means stay close: medians of a caliper each."""
+    """As in the sentence: prompts over half a standard deviation apart answer nothing."""
     run = read_values(write_run(tmp_path / "run", {"a": draw(1, 61), "b": draw(2, 67)}))
     found = compare(run, "a", "b")
     name = ("nuclear_norm", "all")

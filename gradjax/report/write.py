@@ -156,7 +156,7 @@ def _write_all(
         *_statistics(directory, comparisons, several),
         *_paper_tables(directory, config.by, runs, asked.pairs, paper),
     ]
-    by_layer = [layer_effects(one) for one in comparisons]
+    by_layer = layer_effects(comparisons)
     _write_layers(directory, comparisons, by_layer, several)
     overview = [_forest(comparisons, several), *_curves(comparisons, by_layer, several)]
     drawn = _figures(directory, [*overview, *_drawings(runs, asked.pairs)])
@@ -270,7 +270,7 @@ def _statistics(
     yield Table("Length", _LENGTH_NOTE, controls)
     for one in comparisons:
         rows = whole[(whole["model"] == one.model) & (whole["comparison"] == one.name)]
-        heading = f"{one.model}: {one.high} against {one.low}" if several else one.name
+        heading = _title(one, several)
         yield Table(f"Statistics, {heading}", _STATISTICS_NOTE, rows[_SHOWN])
         yield Table(f"Balance of tokens, {heading}", _BALANCE_NOTE, one.balance)
 
@@ -301,7 +301,7 @@ lines, and its ratio, high over low, with the 99 % interval that decides."""
 _BALANCE_NOTE = """Geometric means of tokens, and the difference of mean logarithms in standard
 deviations, before and after matching."""
 _SHOWN = [
-    *("statistic", "projection", "beyond_length", "ratio", "ratio_ci_low", "ratio_ci_high"),
+    *("statistic", "projection", "beyond_length", *RATIO),
     *("beyond_loss", "n_high", "n_low", "mean_high", "mean_low", "gap", "ci_low"),
     *("ci_high", "auroc", "auroc_low", "auroc_high", "cliffs_delta", "p_adjusted", "matched_gap"),
     *("matched_ci_low", "matched_ci_high", "equal_length_gap", "equal_length_ci_low"),
@@ -391,10 +391,11 @@ def _write_layers(
     several: bool,
 ) -> None:
     """`layers.csv`: the effects by layer."""
-    named = zip(comparisons, by_layer, strict=True)
-    whole = pd.concat([effects.assign(model=one.model) for one, effects in named])
-    columns = [name for name in by_layer[0] if name != "model"]
-    whole[["model", *columns] if several else columns].to_csv(directory / "layers.csv", index=False)
+    models = [one.model for one in comparisons]
+    whole = pd.concat(by_layer, keys=models, names=["model"]).reset_index(level="model")
+    if not several:
+        whole = whole.drop(columns="model")
+    whole.to_csv(directory / "layers.csv", index=False)
 
 
 class _Drawing(NamedTuple):

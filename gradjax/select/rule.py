@@ -10,7 +10,8 @@ from gradjax.errors import GradjaxError
 MATCHING = """pairs of a high row and one of the lower half of the rows to choose from, alike in
 the lengths of response and prompt, found as gradjax report finds its pairs: rows of one prompt
 first, then the nearest, of equally near ones the lowest. Equal rows count once; of several
-responses to a prompt each may be in a pair. A high row without a partner is left out. Lengths are characters of whole rows: numbers of tokens may be of cut ones"""
+responses to a prompt each may be in a pair. A high row without a partner is left out. Lengths are
+characters of whole rows: numbers of tokens may be of cut ones"""
 
 
 @dataclasses.dataclass(frozen=True)
